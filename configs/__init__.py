@@ -1,0 +1,1 @@
+"""Every setting (schema.py), one YAML per recipe, and the bundled demo images."""

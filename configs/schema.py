@@ -1,0 +1,347 @@
+"""Every setting: its name, unit, default and bounds; how a YAML file becomes one frozen `Run`.
+
+YAML -> the preset it names -> `key.path=value` overrides -> frozen dataclasses, checked on construction.
+Images are counted one by one (an int), never in kimg; resolutions are pixels per side.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+RECIPES = Path(__file__).parent
+
+
+class UserError(ValueError):
+    """Wrong input: one line that names the thing, its value, the rule and the way out. Exit code 2."""
+
+
+class EnvironmentFault(RuntimeError):
+    """The machine or cluster failed us (disk full, worker lost for good). Exit code 3."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    allowed = list(allowed)
+    require(value in allowed, f"{name}={value!r} is unknown{_hint(value, allowed)}. Use one of: {', '.join(allowed)}.")
+
+
+def is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the images come from and how they become shards."""
+
+    source: str = MISSING  # a folder, .zip or .tar of images; `bundled:demo_images.zip` is the set that ships
+    shards: str = MISSING  # folder of the shards, made if missing
+    crop: str = "centre"  # `centre` cuts the largest square; `none` refuses what is not square
+    labels: str = "folders"  # `folders`: the first sub-folder is the class; `none`
+    shard_images: int = 1024  # source images per tar
+    max_rejected_share: float = 0.01  # above it, sharding stops instead of training on a torn set
+    max_pixels: int = 200_000_000  # a header that claims more is refused before decoding
+    cache_gb: float = 2.0  # a level whose decoded pixels fit is mapped from a cache file on each node
+    cache_dir: str = "~/.cache/gradine"
+
+    def __post_init__(self) -> None:
+        one_of("data.crop", self.crop, ["centre", "none"])
+        one_of("data.labels", self.labels, ["folders", "none"])
+        require(self.shard_images > 0, f"data.shard_images={self.shard_images} must be positive.")
+        share = self.max_rejected_share
+        require(0 <= share < 1, f"data.max_rejected_share={share} is a share of the images: use 0 <= share < 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Widths: a layer after resolution 2**(s+1) has min(fmap_base / 2**s, fmap_max) channels."""
+
+    latent_size: int = 512
+    fmap_base: int = 8192
+    fmap_max: int = 512
+    pool_before_activation: bool = False  # True: the later program's order; the paper pools after the activation
+
+    def __post_init__(self) -> None:
+        for name in ("latent_size", "fmap_base", "fmap_max"):
+            require(getattr(self, name) > 0, f"network.{name}={getattr(self, name)} must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Objective (WGAN-GP with drift), optimizer (Adam) and what both nets share."""
+
+    seed: int = 0  # all randomness is a function of (seed, images seen, purpose)
+    penalty_weight: float = 10.0
+    penalty_target: float = 1.0  # norm the gradient is pulled to; 750 in the paper's CIFAR-10 setting
+    penalty_at: str = "current"  # `final`: the norm as seen from the final resolution, as the published runs have it
+    drift: float = 0.001  # weight of D(real)**2
+    beta1: float = 0.0
+    beta2: float = 0.99
+    lr_ramp_images: int = 0  # the learning rate climbs from 0 over the run's first images; 40,000 in the paper
+    average_half_life: int = 10_000  # images after which a weight has lost half its say in the averaged generator
+    mirror: bool = True  # flip each real left-right with probability 1/2
+    precision: str = "float32"  # `bfloat16`: convolutions in bf16, weights, norms and losses in float32
+    channels_last: bool = False  # memory format of images inside the networks
+
+    def __post_init__(self) -> None:
+        one_of("training.penalty_at", self.penalty_at, ["current", "final"])
+        one_of("training.precision", self.precision, ["float32", "bfloat16"])
+        require(self.penalty_target > 0, f"training.penalty_target={self.penalty_target} must be positive.")
+        require(0 <= self.beta1 < 1, f"training.beta1={self.beta1}: use 0 <= beta1 < 1.")
+        require(0 < self.beta2 < 1, f"training.beta2={self.beta2}: use 0 < beta2 < 1.")
+        require(self.average_half_life > 0, f"training.average_half_life={self.average_half_life} must be positive.")
+        require(self.lr_ramp_images >= 0, f"training.lr_ramp_images={self.lr_ramp_images} must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One resolution: fade the new layers in, then hold."""
+
+    resolution: int = MISSING  # pixels per side, a power of two
+    fade_images: int = 600_000  # ignored by the first stage: nothing to fade from
+    hold_images: int = 600_000
+    batch_size: int = 16  # summed over workers
+    learning_rate: float = 0.001  # both networks
+    workers: int = 1  # Accelerate processes; at most one per minibatch-stddev group
+    micro_batch: int = 0  # images per forward pass; 0: a worker's whole share at once
+    threads: int = 0  # CPU threads per worker; 0: the machine's cores divided by the workers
+    cpus: float = 1.0  # logical CPUs a worker asks of Ray
+    gpus: float = 0.0  # GPUs a worker asks of Ray; 0 trains on the CPU
+
+    def __post_init__(self) -> None:
+        where = f"stage {self.resolution}px"
+        require(self.resolution >= 4 and is_power_of_two(self.resolution),
+                f"{where}: resolution={self.resolution} must be a power of two from 4 up, "
+                f"e.g. {2 ** max(2, round(self.resolution).bit_length() - 1)}.")
+        for name in ("fade_images", "hold_images", "micro_batch", "threads"):
+            require(getattr(self, name) >= 0, f"{where}: {name}={getattr(self, name)} must not be negative.")
+        for name in ("batch_size", "workers", "learning_rate"):
+            require(getattr(self, name) > 0, f"{where}: {name}={getattr(self, name)} must be positive.")
+        require(self.cpus >= 0 and self.gpus >= 0, f"{where}: cpus={self.cpus}, gpus={self.gpus} must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    every_images: int = 100_000  # beside the one at each stage's end, which is always kept
+    keep: int = 2  # newest checkpoints inside a stage that stay
+
+    def __post_init__(self) -> None:
+        require(self.every_images > 0, f"checkpoints.every_images={self.every_images} must be positive.")
+        require(self.keep >= 1, f"checkpoints.keep={self.keep}: keep at least 1, or a fault has nowhere to go back to.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Metrics of the averaged generator at each stage's end, in a Ray task beside the training."""
+
+    when: str = "stage"  # `stage`: at each stage's end; `checkpoint`: at every checkpoint too; `end`: after training
+    count: int = 16_384  # images per set at most; half of the reals is the other bound
+    cpus: float = 1.0
+    gpus: float = 0.0
+    samples: int = 64  # images in a grid
+
+    def __post_init__(self) -> None:
+        one_of("evaluation.when", self.when, ["stage", "checkpoint", "end"])
+        require(self.count >= 2, f"evaluation.count={self.count} must be at least 2.")
+        require(self.samples >= 1, f"evaluation.samples={self.samples} must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    address: str = ""  # "": RAY_ADDRESS if set, else a Ray of our own on this machine; `auto` joins the node's cluster
+    group_timeout_s: float = 300.0  # to wait for a stage's workers to be placed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run, from images to report."""
+
+    name: str = MISSING
+    runs: str = "runs"  # the run folder is <runs>/<name>
+    preset: str = ""  # which of the recipe's `presets` was applied
+    resume: str = "auto"  # `auto`: go on from what is there; `fresh`: want an empty folder; a resolution: branch there
+    branch: str = "continue"  # with a resolution: `continue` that branch when given again, or start a `new` one
+    init_from: str = ""  # a run folder whose newest weights this run starts from
+    tick_images: int = 0  # images between progress lines; 0: 200 per phase
+    data: Data = field(default_factory=Data)
+    network: Network = field(default_factory=Network)
+    training: Training = field(default_factory=Training)
+    stages: list[Stage] = field(default_factory=list)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    ray: Cluster = field(default_factory=Cluster)
+
+    def __post_init__(self) -> None:
+        require(bool(self.stages), "stages is empty. List at least one, e.g. `- {resolution: 4}`.")
+        sizes = [stage.resolution for stage in self.stages]
+        doubled = [sizes[0] * 2**i for i in range(len(sizes))]
+        require(sizes == doubled, f"stages have resolutions {sizes}: each must double the one before, e.g. {doubled}.")
+        final, base = sizes[-1], self.network.fmap_base
+        require(base >= final // 2, f"network.fmap_base={base} leaves layers at {final}px without a channel. "
+                                    f"Use at least {final // 2}.")
+        require("/" not in self.name and self.name not in ("", ".", ".."),
+                f"name={self.name!r} must be a plain folder name. Set the parent folder with runs=.")
+        one_of("branch", self.branch, ["continue", "new"])
+        choices = ["auto", "fresh", *map(str, sizes[1:])]
+        require(self.resume in choices, f"resume={self.resume!r} is not possible: no stage to resume at. "
+                                        f"Use one of: {', '.join(choices)}.")
+        for stage in self.stages:
+            check_shares(stage)
+
+    @property
+    def final_resolution(self) -> int:
+        return self.stages[-1].resolution
+
+
+def check_shares(stage: Stage) -> None:
+    """The batch splits into whole minibatch-stddev groups, the groups into workers and micro-batches, or UserError."""
+    batch, group = stage.batch_size, min(4, stage.batch_size)
+    where = f"stage {stage.resolution}px: batch_size={batch}"
+    require(batch % group == 0, f"{where} does not split into minibatch-stddev groups of {group}. "
+                                f"Use a multiple of {group}, e.g. batch_size={batch // group * group + group}.")
+    groups = batch // group
+    fitting = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= stage.workers)
+    require(groups % stage.workers == 0,
+            f"{where} has {groups} minibatch-stddev groups of {group}, which {stage.workers} workers do not divide. "
+            f"Use workers={fitting}, or a batch_size that is a multiple of {group * stage.workers}.")
+    share = batch // stage.workers
+    micro = stage.micro_batch or share
+    require(micro % group == 0 and share % micro == 0,
+            f"{where}: micro_batch={micro} does not split a worker's {share} images into whole groups of {group}. "
+            f"Use a multiple of {group} that divides {share}, e.g. micro_batch={group}.")
+
+
+def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
+    """A `Run` from a YAML file, or the name of a bundled recipe, and `key.path=value` overrides (`*` is every item).
+
+    Raises UserError in one line for an unreadable file, an unknown key, a wrong type, bound or combination.
+    """
+    raw = _read_yaml(find_recipe(recipe))
+    presets = raw.pop("presets", None) or {}
+    pairs = [_split(text) for text in overrides]
+    preset = dict(pairs).get("preset", raw.get("preset") or "")
+    if preset:
+        one_of("preset", str(preset), presets)
+        for path, value in presets[preset].items():
+            _assign(raw, path, value)
+    for path, value in pairs:
+        _assign(raw, path, value)
+    _refuse_unknown_keys(raw, Run, "")
+    return from_dict(raw)
+
+
+def from_dict(raw: dict[str, Any]) -> Run:
+    """A checked `Run` from plain nested data, such as `as_dict` gives."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Run), raw)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        require(not missing, f"{', '.join(missing)} must be set: in the YAML file, or as {(missing or ['x'])[0]}=VALUE.")
+        return typing.cast(Run, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        hint = " Write whole numbers as 100_000, not 1e5." if "Integer" in reason else ""
+        raise UserError(f"{error.full_key or 'the configuration'}: {reason}.{hint}") from error
+
+
+def as_dict(run: Run) -> dict[str, Any]:
+    return asdict(run)
+
+
+def dump(run: Run) -> str:
+    """The run as YAML text, every default written out; `load` reads it back equal."""
+    return yaml.safe_dump(asdict(run), sort_keys=False)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': [1]}} -> {'a.b.0': 1}, to compare two configurations key by key."""
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = enumerate(tree)
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    bundled = {file.stem: file for file in RECIPES.glob("*.yaml")}
+    require(str(recipe) in bundled, f"no configuration {str(recipe)!r}: neither a file nor a bundled recipe"
+                                    f"{_hint(str(recipe), bundled)}. Bundled: {', '.join(sorted(bundled))}.")
+    return bundled[str(recipe)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    require(isinstance(raw, dict), f"{path} must hold `key: value` lines, not a {type(raw).__name__}.")
+    return typing.cast(dict[str, Any], raw)
+
+
+def _split(text: str) -> tuple[str, Any]:
+    path, equals, value = text.partition("=")
+    require(bool(equals and path), f"override {text!r} is not of the form key.path=value, e.g. training.seed=1.")
+    try:
+        return path, OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]  # type: ignore[index]
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: the value is not valid YAML.") from error
+
+
+def _assign(raw: Any, path: str, value: Any) -> None:
+    """Sets `path` in nested dicts and lists; a `*` stands for every item of a list."""
+    head, _, rest = path.partition(".")
+    if isinstance(raw, list):
+        require(head == "*" or (head.isdigit() and int(head) < len(raw)),
+                f"override {path}: no item {head!r} in a list of {len(raw)}. Use 0 to {len(raw) - 1}, or *.")
+        for index in range(len(raw)) if head == "*" else [int(head)]:
+            if rest:
+                _assign(raw[index], rest, value)
+            else:
+                raw[index] = value
+    else:
+        require(isinstance(raw, dict), f"override {path}: {head!r} lies below a plain value.")
+        if rest:
+            if raw.get(head) is None:
+                raw[head] = {}
+            _assign(raw[head], rest, value)
+        else:
+            raw[head] = value
+
+
+def _refuse_unknown_keys(raw: Any, schema: Any, prefix: str) -> None:
+    kinds = typing.get_type_hints(schema)
+    known = [f.name for f in fields(schema)]
+    if not isinstance(raw, dict):
+        raise UserError(f"{prefix.rstrip('.')} must hold `key: value` lines with keys: {', '.join(known)}.")
+    for key, value in raw.items():
+        require(key in known, f"{prefix}{key} is not a setting{_hint(str(key), known)}. Known: {', '.join(known)}.")
+        kind = kinds[key]
+        if is_dataclass(kind) and value is not None:
+            _refuse_unknown_keys(value, kind, f"{prefix}{key}.")
+        elif typing.get_origin(kind) is list and isinstance(value, list):
+            for index, item in enumerate(value):
+                _refuse_unknown_keys(item, typing.get_args(kind)[0], f"{prefix}{key}.{index}.")
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""Which work, where, in what order: shards, plan, driver, run folder, report. Ray lives only here."""

@@ -1,0 +1,169 @@
+"""One training step: a discriminator update, then a generator update on fresh latents, then the average.
+
+The global batch is split into shares of whole stddev groups; losses are sums over a share's rows / global batch, so
+gradients add up to those of the whole batch whatever the split. Nothing here waits for the device: figures come back
+as detached tensors, and whoever logs them decides when to read them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradine.configs.schema import Run
+from gradine.stages.growth import Moment
+from gradine.stages.losses import critic_loss, generator_loss, gradient_norm, gradient_penalty
+from gradine.stages.networks import Discriminator, Generator, box_downscale, upscale
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of the global batch that go through the networks together."""
+
+    reals: Tensor  # uint8 [n, 3, R, R]
+    mirrored: Tensor  # bool [n]
+    critic_latents: Tensor  # [n, latent_size], for D's update
+    generator_latents: Tensor  # [n, latent_size], for G's
+    mix: Tensor  # [n] in [0, 1): where between real and fake the penalty looks
+
+    def to(self, device: torch.device) -> Share:
+        return Share(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+
+@dataclass
+class TrainState:
+    """All that a step changes. `checkpoint.py` saves exactly this."""
+
+    generator: Generator
+    discriminator: Discriminator
+    average: Generator
+    generator_adam: torch.optim.Adam
+    discriminator_adam: torch.optim.Adam
+    skipped: Tensor  # [2] updates masked because a gradient was not finite: of D, of G
+    images_seen: int = 0
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the networks look to the forward pass of a share: themselves, or wrapped to reduce gradients over workers."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+    workers: int = 1
+    no_sync: Callable[[nn.Module], contextlib.AbstractContextManager] = lambda _: contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The constants of a stage's steps."""
+
+    penalty_weight: float
+    penalty_target: float
+    penalty_divisor: int
+    drift: float
+    average_decay: float  # per step: 0.5 ** (batch / half-life)
+    autocast: torch.dtype | None  # the convolutions' precision; None: float32 throughout
+
+    @staticmethod
+    def of(run: Run, batch_size: int, penalty_divisor: int) -> Rules:
+        t = run.training
+        return Rules(t.penalty_weight, t.penalty_target, penalty_divisor, t.drift,
+                     0.5 ** (batch_size / t.average_half_life),
+                     torch.bfloat16 if t.precision == "bfloat16" else None)
+
+
+def new_adam(network: nn.Module, run: Run) -> torch.optim.Adam:
+    """Fresh Adam: no moments, step 0. Fused, because that one can mask an update on the device (`found_inf`)."""
+    betas = (float(run.training.beta1), float(run.training.beta2))
+    return torch.optim.Adam(network.parameters(), lr=0.0, betas=betas, eps=1e-8, fused=True)
+
+
+def prepare_reals(pixels: Tensor, mirrored: Tensor, alpha: float) -> Tensor:
+    """uint8 [n, 3, R, R] -> float in [-1, 1], flipped where asked, faded like the networks' view of the images."""
+    images = pixels.float() / 127.5 - 1
+    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+    return torch.lerp(upscale(box_downscale(images)), images, alpha) if alpha < 1 else images
+
+
+def critic_objective(nets: Parallel, share: Share, alpha: float, rules: Rules) -> tuple[Tensor, dict[str, Tensor]]:
+    """D's loss summed over the share's rows, and sums of what one wants to see."""
+    reals = prepare_reals(share.reals, share.mirrored, alpha)
+    with torch.no_grad():
+        fakes = nets.generator(share.critic_latents, alpha)
+    real_scores = nets.discriminator(reals, alpha)
+    fake_scores = nets.discriminator(fakes, alpha)
+    mixed = torch.lerp(reals, fakes, share.mix.view(-1, 1, 1, 1))
+    norm = gradient_norm(lambda images: nets.discriminator(images, alpha), mixed) / rules.penalty_divisor
+    penalty = gradient_penalty(norm, rules.penalty_weight, rules.penalty_target)
+    loss = (critic_loss(real_scores, fake_scores, rules.drift) + penalty).sum()
+    seen = {"loss_d": loss, "score_real": real_scores.sum(), "score_fake": fake_scores.sum(),
+            "penalty": penalty.sum(), "gradient_norm": norm.sum()}
+    return loss, seen
+
+
+def generator_objective(nets: Parallel, score: nn.Module, share: Share, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """G's loss summed over the share's rows; D is used bare, so that nothing of it is reduced or updated."""
+    loss = generator_loss(score(nets.generator(share.generator_latents, alpha), alpha)).sum()
+    return loss, {"loss_g": loss}
+
+
+def train_step(state: TrainState, nets: Parallel, shares: list[Share], moment: Moment, rules: Rules) -> dict[str, Tensor]:
+    """Updates `state` by one step at `moment`; returns this worker's part of the batch means, detached."""
+    batch, alpha = moment.phase.batch_size, moment.alpha
+    seen: dict[str, Tensor] = {}
+
+    def accumulate(network: nn.Module, wrapped: nn.Module, objective: Callable) -> None:
+        network.zero_grad(set_to_none=True)
+        for index, share in enumerate(shares):
+            last = index == len(shares) - 1
+            with contextlib.nullcontext() if last else nets.no_sync(wrapped):
+                with torch.autocast(share.mix.device.type, rules.autocast, enabled=rules.autocast is not None):
+                    loss, figures = objective(share)
+                # the wrapper averages over workers, the loss is a sum over all of them
+                (loss * (nets.workers / batch)).backward(inputs=list(network.parameters()))
+            for name, figure in figures.items():
+                seen[name] = seen.get(name, 0) + figure.detach() / batch
+
+    accumulate(state.discriminator, nets.discriminator, lambda share: critic_objective(nets, share, alpha, rules))
+    finite_d = masked_update(state.discriminator_adam, moment.learning_rate)
+    accumulate(state.generator, nets.generator,
+               lambda share: generator_objective(nets, state.discriminator, share, alpha))
+    finite_g = masked_update(state.generator_adam, moment.learning_rate)
+    update_average(state.average, state.generator, (1 - rules.average_decay) * finite_g)
+    state.skipped += 1 - torch.stack([finite_d, finite_g])
+    state.images_seen += batch
+    return seen
+
+
+def masked_update(adam: torch.optim.Adam, learning_rate: float) -> Tensor:
+    """One Adam step, unless a gradient is not finite: then weights, moments and Adam's step stay. -> 1.0 or 0.0.
+
+    Gradients are already reduced, hence equal on all workers, and so is the decision.
+    """
+    gradients = [p.grad for group in adam.param_groups for p in group["params"] if p.grad is not None]
+    largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
+    finite = torch.isfinite(largest).to(torch.float32)
+    for group in adam.param_groups:
+        group["lr"] = learning_rate
+    adam.found_inf = 1 - finite  # type: ignore[attr-defined]  # the fused kernels' own switch, as loss scalers use it
+    adam.step()
+    return finite
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, weight: Tensor) -> None:
+    """average += weight * (network - average); weight 0 changes nothing."""
+    for mean, parameter in zip(average.parameters(), network.parameters(), strict=True):
+        mean.lerp_(parameter, weight)
+
+
+def non_finite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold a NaN or infinity. Waits for the device: for log ticks and saves."""
+    named = list(tensors)
+    flags = torch.stack([torch.isfinite(tensor).all() for _, tensor in named]).tolist()
+    return [name for (name, _), finite in zip(named, flags, strict=True) if not finite]
