@@ -94,6 +94,7 @@ class Training:
     mirror: bool = True  # flip each real left-right with probability 1/2
     precision: str = "float32"  # `bfloat16`: convolutions in bf16, weights, norms and losses in float32
     channels_last: bool = False  # memory format of images inside the networks
+    deterministic: bool = False  # on GPUs: bit-equal repeats, at the cost of speed; a CPU repeats itself anyway
 
     def __post_init__(self) -> None:
         one_of("training.penalty_at", self.penalty_at, ["current", "final"])

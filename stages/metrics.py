@@ -42,7 +42,7 @@ class SlicedWasserstein(Metric):
     def __init__(self, resolution: int, seed: int = 0, repeats: int = 4, directions: int = 128, patches: int = 128):
         super().__init__()
         if resolution < 4 or resolution & (resolution - 1):
-            raise ValueError(f"SlicedWasserstein: resolution={resolution} is no power of two from 4 up; use 4, 8, 16, ..")
+            raise ValueError(f"SlicedWasserstein: resolution={resolution} is no power of two. Use 4, 8, 16, ...")
         self.resolution, self.seed, self.repeats, self.directions = resolution, seed, repeats, directions
         self.patch_size, self.patches = {4: (4, 1), 8: (3, patches)}.get(resolution, (7, patches))
         self.add_state("reals", default=[], dist_reduce_fx="cat")
@@ -52,17 +52,15 @@ class SlicedWasserstein(Metric):
         """Collects [N, C, resolution, resolution] uint8 images of one side."""
         side = _checked_side("SlicedWasserstein", images)
         if side != self.resolution:
-            raise ValueError(f"SlicedWasserstein({self.resolution}): images are {side} px; use SlicedWasserstein({side}).")
+            raise ValueError(f"SlicedWasserstein({self.resolution}): images are {side} px. Make one for {side} px.")
         (self.reals if real else self.fakes).append(images)
 
     def compute(self) -> dict[str, float]:
         """{"16": .., "32": .., "average": ..}: distance x 1e3 by pixels per side, and the plain average."""
         reals, fakes = _in_hash_order(self.reals), _in_hash_order(self.fakes)
         if not reals or len(reals) != len(fakes):
-            raise ValueError(
-                f"SlicedWasserstein: {len(reals)} reals and {len(fakes)} fakes, must be equally many and at least 1. "
-                "Feed sliced_wasserstein_count(reals) images to each side."
-            )
+            counts = f"{len(reals)} reals, {len(fakes)} fakes"
+            raise ValueError(f"SlicedWasserstein: {counts}, must be equal and not 0. Feed sliced_wasserstein_count() of each.")
         rng = np.random.default_rng(self.seed)
         sides = [2**n for n in range(4, self.resolution.bit_length())] or [self.resolution]
         result = {str(side): 1e3 * self._distance_at(side, reals, fakes, rng) for side in sides}
@@ -118,22 +116,20 @@ def _sorted_difference(directions: Tensor, reals: Tensor, fakes: Tensor, pool: T
     real_rows, fake_rows = (directions @ reals.T).numpy(), (directions @ fakes.T).numpy()
     # In place on contiguous float32 rows: numpy's fastest sort, and it runs without the interpreter's lock.
     list(pool.map(np.ndarray.sort, [*real_rows, *fake_rows]))
-    real_rows -= fake_rows
-    return float(np.abs(real_rows, out=real_rows).mean(axis=1, dtype=np.float64).sum())
+    return float(np.abs(real_rows - fake_rows).mean(axis=1, dtype=np.float64).sum())
 
 
 def _in_hash_order(batches: list[Tensor] | Tensor) -> list[Tensor]:
     """Views of single images, in an order that no worker count, batch size or shuffle changes."""
     batches = [batches] if isinstance(batches, Tensor) else batches  # gathered over workers: one tensor
-    images = [image for batch in batches for image in batch]
+    images = (image for batch in batches for image in batch)
     return sorted(images, key=lambda image: hashlib.blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest())
 
 
 class MultiScaleSSIM(Metric):
     """Mean multi-scale structural similarity of pairs from one set: lower is more diverse (Odena et al. 2017).
 
-    Identical pairs score 1; read the number next to that of the reals. Five levels in float64, the coarsest 1/16 of
-    the side: defined from 64 px up.
+    Identical pairs score 1; read it next to that of the reals. Float64; five levels, so defined from 64 px up only.
     """
 
     full_state_update = False
@@ -150,16 +146,16 @@ class MultiScaleSSIM(Metric):
         """Pairs images_a[n] with images_b[n]: both [N, C, H, H] uint8, H >= 64."""
         side = min(_checked_side("MultiScaleSSIM", images) for images in (images_a, images_b))
         if side < 64:
-            raise ValueError(f"MultiScaleSSIM: {side} px, must be 64 or more for five levels. Leave smaller stages out.")
+            raise ValueError(f"MultiScaleSSIM: {side} px, must be at least 64. Leave it out at smaller stages.")
         if images_a.shape != images_b.shape:
-            shapes = f"{tuple(images_a.shape)} and {tuple(images_b.shape)}"
-            raise ValueError(f"MultiScaleSSIM: {shapes} do not pair up. Split an even number of images into two halves.")
+            got = f"{tuple(images_a.shape)} and {tuple(images_b.shape)}"
+            raise ValueError(f"MultiScaleSSIM: shapes {got}, must be equal. Split one even number of images in two.")
         for a, b in zip(images_a.split(16), images_b.split(16), strict=True):
             self.total += multiscale_similarity(a.double(), b.double()).sum()
         self.pairs += len(images_a)
 
     def compute(self) -> float:
-        """Mean over all pairs, 0..1."""
+        """Mean over all pairs, 0..1; an error without any."""
         if self.pairs == 0:
             raise ValueError("MultiScaleSSIM: 0 pairs, must be at least 1. Call update() with images first.")
         return float(self.total / self.pairs)
@@ -167,13 +163,12 @@ class MultiScaleSSIM(Metric):
 
 def multiscale_similarity(a: Tensor, b: Tensor) -> Tensor:
     """Two [N, C, H, H], 0..255 -> [N]: contrast and structure at every level, brightness at the coarsest only."""
+    *finer_weights, coarsest_weight = LEVEL_WEIGHTS
     result = a.new_ones(len(a))
-    for level, weight in enumerate(LEVEL_WEIGHTS):
-        similarity, contrast = _similarity(a, b)
-        chosen = similarity if level == len(LEVEL_WEIGHTS) - 1 else contrast
-        result *= chosen.clamp(min=0) ** weight  # a negative base has no real power
+    for weight in finer_weights:
+        result *= _similarity(a, b)[1].clamp(min=0) ** weight  # a negative base has no real power
         a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    return result
+    return result * _similarity(a, b)[0].clamp(min=0) ** coarsest_weight
 
 
 def _similarity(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,9 +188,8 @@ def _window_mean(images: Tensor) -> Tensor:
     size = min(11, side)
     offsets = torch.arange(size).to(images) - (size - 1) / 2
     window = torch.exp(-0.5 * (offsets / (1.5 * size / 11)) ** 2)
-    band = images.new_zeros(side - size + 1, side)
-    for first in range(len(band)):
-        band[first, first : first + size] = window / window.sum()
+    window /= window.sum()
+    band = torch.stack([F.pad(window, (first, side - size - first)) for first in range(side - size + 1)])
     return band @ images @ band.T
 
 
@@ -224,10 +218,9 @@ class PixelFrechet(Metric):
         """Adds [N, channels, H, H] uint8 images, H a multiple of `size` or smaller than it."""
         side, seen = _checked_side("PixelFrechet", images), int(self.side)
         if images.shape[1] != self.channels or seen not in (0, side) or (side > self.size and side % self.size):
-            raise ValueError(
-                f"PixelFrechet({self.size}, {self.channels}): images are {tuple(images.shape)} after {seen} px, must have "
-                f"{self.channels} channels, one resolution, and whole blocks. Feed one stage, or set size and channels."
-            )
+            rule = f"{self.channels} channels, one resolution, and that a multiple of {self.size} px or smaller"
+            got = f"{tuple(images.shape)} after {seen or 'no'} px"
+            raise ValueError(f"PixelFrechet: images are {got}, must have {rule}. Use PixelFrechet(size, channels).")
         self.side.fill_(side)
         pixels = F.avg_pool2d(images.double() / 127.5 - 1, max(1, side // self.size)).flatten(1)
         # Column 0 of ones makes row 0 of the sum count and sum. Zeros up to the full width add nothing to the distance.
@@ -239,8 +232,7 @@ class PixelFrechet(Metric):
         """0 for equal means and covariances, up from there."""
         (real_count, *reals), (fake_count, *fakes) = _gaussian(self.reals), _gaussian(self.fakes)
         if min(real_count, fake_count) < 2:
-            counts = f"{real_count} reals and {fake_count} fakes"
-            raise ValueError(f"PixelFrechet: {counts}, must be 2 or more each. Call update() with more images first.")
+            raise ValueError(f"PixelFrechet: {real_count} reals, {fake_count} fakes, must be 2 each. Update with more.")
         return frechet_distance(*reals, *fakes)
 
 
@@ -263,8 +255,6 @@ def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
 def _checked_side(metric: str, images: Tensor) -> int:
     """Pixels per side of [N, C, H, H] uint8 images."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
-        raise ValueError(
-            f"{metric}: images are {images.dtype} {tuple(images.shape)}, must be torch.uint8 [N, C, H, H]. "
-            "From [-1, 1] use ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)."
-        )
+        way_out = "From [-1, 1] use ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)."
+        raise ValueError(f"{metric}: {images.dtype} {[*images.shape]}, must be torch.uint8 [N, C, H, H]. {way_out}")
     return images.shape[-1]

@@ -1,0 +1,280 @@
+"""Image folder, zip or tar -> per-resolution WebDataset shards + index, over Ray tasks.
+
+<out>/r0064/000012.tar       plain WebDataset: <key>.png and, with labels, <key>.cls
+<out>/r0064/index.json       per shard bytes, sha256, image count; written last
+<out>/parts/000012.json      what slice 12 of the source gave: a second run makes only the slices that lack one
+<out>/source.json            the sorted source list's digest and the settings that shaped the pixels
+<out>/sources.jsonl          key, path and label of every source image
+<out>/rejected.jsonl         path and reason of each image that could not be used
+
+Every tar is a pure function of its slice of the sorted source list. Each image is decoded once; its levels are a
+chain of 2x2 means kept in float and rounded only when written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from gradine.configs.schema import RECIPES, Data, UserError, require
+from gradine.pipeline.run_dir import write_atomic
+from gradine.stages.growth import resolutions
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+Image.MAX_IMAGE_PIXELS = None  # `open_image` has the bound of data.max_pixels instead, and refuses from the header
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One source image; `key` is its place in the sorted list, whatever happens to the others."""
+
+    key: str
+    path: str
+    size: int
+    label: int | None
+
+
+class Rejected(Exception):
+    """Why an image cannot be used."""
+
+
+def locate(source: str) -> Path:
+    """The source's path; `bundled:` names a file that ships with gradine."""
+    bundled = source.removeprefix("bundled:")
+    path = RECIPES / bundled if bundled != source else Path(source).expanduser().absolute()
+    require(path.exists(), f"data.source={source!r} does not exist. Give a folder, .zip or .tar of images.")
+    return path
+
+
+def list_source(source: Path, labels: str) -> tuple[list[Entry], list[str], int]:
+    """Sorted entries, class names, and how many files are no images. UserError if there is no image at all."""
+    if source.is_dir():
+        files = [(p.relative_to(source).as_posix(), p.stat().st_size) for p in source.rglob("*") if p.is_file()]
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            files = [(info.filename, info.file_size) for info in archive.infolist() if not info.is_dir()]
+    elif tarfile.is_tarfile(source):
+        with tarfile.open(source) as tar:
+            files = [(member.name, member.size) for member in tar if member.isfile()]
+    else:
+        raise UserError(f"data.source={str(source)!r} is neither a folder nor a zip or tar. Give one of these.")
+    hidden = [f for f in files if any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(f[0]).parts)]
+    images = sorted(set(files) - set(hidden))
+    images = [(path, size) for path, size in images if PurePosixPath(path).suffix.lower() in SUFFIXES]
+    require(bool(images), f"data.source={str(source)!r} holds no image ({len(files)} other files). "
+                          f"Images end in {', '.join(sorted(SUFFIXES))}.")
+    tops = [PurePosixPath(path).parts[0] if len(PurePosixPath(path).parts) > 1 else "" for path, _ in images]
+    classes = sorted(set(tops)) if labels == "folders" and len(set(tops)) > 1 else []
+    entries = [Entry(f"{n:08d}", path, size, classes.index(top) if classes else None)
+               for n, ((path, size), top) in enumerate(zip(images, tops, strict=True))]
+    return entries, classes, len(files) - len(images)
+
+
+def read_entries(source: Path, entries: list[Entry]) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
+    """Each entry with a function that reads its bytes."""
+    if source.is_dir():
+        for entry in entries:
+            yield entry, (source / entry.path).read_bytes
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for entry in entries:
+                yield entry, lambda entry=entry: archive.read(entry.path)
+    else:
+        wanted = {entry.path: entry for entry in entries}
+        with tarfile.open(source) as tar:
+            for member in tar:
+                if entry := wanted.get(member.name):
+                    yield entry, lambda member=member: tar.extractfile(member).read()  # type: ignore[union-attr]
+
+
+def open_image(content: bytes, resolution: int, crop: str, max_pixels: int) -> np.ndarray:
+    """Encoded image -> float32 [R, R, 3] in 0..255: upright, RGB, centre square, box-reduced. Raises Rejected."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata: the pixels are what counts
+        with Image.open(io.BytesIO(content)) as opened:
+            width, height = opened.size
+            if width * height > max_pixels:
+                raise Rejected(f"{width}x{height} is more than data.max_pixels={max_pixels}")
+            if min(width, height) < resolution:
+                raise Rejected(f"{width}x{height} is smaller than {resolution}x{resolution}")
+            if crop == "none" and width != height:
+                raise Rejected(f"{width}x{height} is not square and data.crop is none")
+            image = to_rgb(ImageOps.exif_transpose(opened))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side == resolution:
+        return np.asarray(image, np.float32)
+    bands = [Image.fromarray(np.asarray(band, np.float32)).resize((resolution, resolution), Image.Resampling.BOX)
+             for band in image.split()]
+    return np.stack([np.asarray(band) for band in bands], axis=2)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: 16-bit gray is scaled, not clipped; transparency lies on white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        gray = np.asarray(image, np.float64)
+        if image.mode == "F":
+            raise Rejected("floating-point pixels have no known range; save it as 8 or 16 bit")
+        return Image.fromarray(np.rint(np.clip(gray, 0, 65535) / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def levels(pixels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """float32 [R, R, 3] -> (size, uint8 [size, size, 3]) from R down to 4, by 2x2 means kept in float."""
+    while True:
+        size = len(pixels)
+        yield size, np.rint(pixels).clip(0, 255).astype(np.uint8)
+        if size == 4:
+            return
+        pixels = pixels.reshape(size // 2, 2, size // 2, 2, 3).mean(axis=(1, 3))
+
+
+def make_slice(source: str, entries: list[Entry], number: int, out: str, data: Data, resolution: int) -> dict[str, Any]:
+    """Writes shard `number` of every level, then its part file; returns the part. Same input, same bytes."""
+    import webdataset
+
+    writers: dict[int, tuple[Path, Path, Any]] = {}
+    for size in resolutions(resolution):
+        final = Path(out) / f"r{size:04d}" / f"{number:06d}.tar"
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = final.with_suffix(".tar.partial")
+        writer = webdataset.TarWriter(str(partial), mtime=0, user="gradine", group="gradine", mode=0o644, encoder=False)
+        writers[size] = partial, final, writer
+    rejected, content = [], hashlib.sha256()
+    for entry, read in read_entries(Path(source), entries):
+        try:
+            encoded = read()
+            content.update(hashlib.sha256(encoded).digest())
+            pixels = open_image(encoded, resolution, data.crop, data.max_pixels)
+        except Exception as error:  # any decoder may fail in any way on a bad file: it is set aside with its reason
+            reason = str(error) if isinstance(error, Rejected) else f"{type(error).__name__}: {error}"
+            rejected.append({"path": entry.path, "reason": reason})
+            continue
+        for size, level in levels(pixels):
+            sample = {"__key__": entry.key, "png": encode_png(level)}
+            if entry.label is not None:
+                sample["cls"] = str(entry.label).encode()
+            writers[size][2].write(sample)
+    part: dict[str, Any] = {"images": len(entries) - len(rejected), "rejected": rejected,
+                            "content": content.hexdigest(), "levels": {}}
+    for size, (partial, final, writer) in writers.items():
+        writer.close()
+        written = partial.read_bytes()
+        write_atomic(final, written)
+        partial.unlink()
+        part["levels"][str(size)] = {"file": final.name, "bytes": len(written), "images": part["images"],
+                                     "sha256": hashlib.sha256(written).hexdigest()}
+    write_atomic(Path(out) / "parts" / f"{number:06d}.json", json.dumps(part).encode())
+    return part
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def shard(data: Data, resolution: int, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+    """Makes what is missing of data.shards, on the Ray this process is connected to, and returns a summary.
+
+    Raises UserError for an unusable source, for shards made from something else, and when more than
+    data.max_rejected_share of the images are bad; `rejected.jsonl` then says which and why.
+    """
+    out, source = Path(data.shards).absolute(), locate(data.source)
+    entries, classes, ignored = list_source(source, data.labels)
+    listing = hashlib.sha256(json.dumps([(e.path, e.size) for e in entries]).encode()).hexdigest()
+    made_from = {"schema": 1, "listing": listing, "images": len(entries), "resolution": resolution, "crop": data.crop,
+                 "labels": classes, "shard_images": data.shard_images}
+    _refuse_other_shards(out, made_from)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "sources.jsonl", "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode())
+    write_atomic(out / "source.json", json.dumps({**made_from, "source": data.source}, indent=1).encode())
+    slices = [entries[i:i + data.shard_images] for i in range(0, len(entries), data.shard_images)]
+    parts = {n: part for n in range(len(slices)) if (part := _finished_part(out, n))}
+    missing = [n for n in range(len(slices)) if n not in parts]
+    progress(len(parts), len(slices))
+    for number, part in _over_ray(source, slices, missing, out, data, resolution):
+        parts[number] = part
+        progress(len(parts), len(slices))
+    ordered = [parts[n] for n in sorted(parts)]
+    rejected = [line for part in ordered for line in part["rejected"]]
+    write_atomic(out / "rejected.jsonl", "".join(json.dumps(line) + "\n" for line in rejected).encode())
+    _refuse_torn_set(rejected, len(entries), data, out)
+    content = hashlib.sha256("".join(part["content"] for part in ordered).encode()).hexdigest()
+    for size in resolutions(resolution):
+        made = [part["levels"][str(size)] for part in ordered if part["images"]]
+        index = {"schema": 1, "resolution": size, "channels": 3, "images": sum(s["images"] for s in made),
+                 "labels": classes, "filter": "box", "encoding": "png", "source": content, "shards": made}
+        write_atomic(out / f"r{size:04d}" / "index.json", json.dumps(index, indent=1).encode())
+    return {"images": len(entries) - len(rejected), "rejected": len(rejected), "ignored": ignored,
+            "classes": len(classes), "shards": len(slices), "made": len(missing),
+            "bytes": sum(level["bytes"] for part in ordered for level in part["levels"].values())}
+
+
+def _over_ray(source: Path, slices: list[list[Entry]], missing: list[int], out: Path, data: Data,
+              resolution: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, part) of each missing slice as its task ends; a few tasks per CPU are in flight, so memory is bounded."""
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=3)(make_slice)
+    in_flight: dict[Any, int] = {}
+    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = list(missing)
+    while waiting or in_flight:
+        while waiting and len(in_flight) < limit:
+            number = waiting.pop(0)
+            in_flight[task.remote(str(source), slices[number], number, str(out), data, resolution)] = number
+        (done,), _ = ray.wait(list(in_flight), num_returns=1)
+        yield in_flight.pop(done), ray.get(done)
+
+
+def _finished_part(out: Path, number: int) -> dict[str, Any] | None:
+    """The part of a slice whose every tar is there with the length it had; None if it is to be made (again)."""
+    try:
+        part = json.loads((out / "parts" / f"{number:06d}.json").read_text())
+        whole = all((out / f"r{int(size):04d}" / level["file"]).stat().st_size == level["bytes"]
+                    for size, level in part["levels"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return part if whole else None
+
+
+def _refuse_other_shards(out: Path, wanted: dict[str, Any]) -> None:
+    if not (out / "source.json").is_file():
+        strangers = [p.name for p in out.iterdir()] if out.is_dir() else []
+        require(not strangers, f"data.shards={str(out)!r} holds other files ({', '.join(sorted(strangers)[:3])}) and no "
+                               "source.json. Give an empty or new folder.")
+        return
+    there = json.loads((out / "source.json").read_text())
+    for key, value in wanted.items():
+        shown = (f"{key} was {str(there.get(key))[:40]} and is now {str(value)[:40]}" if key != "listing" else
+                 "files were added, removed or changed in size")
+        require(there.get(key) == value, f"shards {out} were made from another source or with other settings: {shown}. "
+                                         "Give another data.shards, or the source and settings they were made with.")
+
+
+def _refuse_torn_set(rejected: list[dict[str, str]], total: int, data: Data, out: Path) -> None:
+    if not rejected:
+        return
+    first = rejected[0]
+    where = f"first: {first['path']}: {first['reason']}; all in {out / 'rejected.jsonl'}"
+    require(len(rejected) < total, f"none of the {total} images of {data.source!r} can be used ({where}).")
+    share = len(rejected) / total
+    require(share <= data.max_rejected_share,
+            f"{len(rejected)} of {total} images ({share:.1%}) were rejected, more than data.max_rejected_share="
+            f"{data.max_rejected_share:.1%} ({where}). Mend the source, ask for a smaller resolution or raise the share.")

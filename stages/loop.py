@@ -1,0 +1,152 @@
+"""One stage of training, from a checkpoint to the checkpoint at its end, as one of `workers` processes.
+
+Plain data in, plain data out: settings and paths come in, events (dicts) come out, rank 0's only. Runs the same in a
+test, under torchrun and in a Ray actor: rank and world size are those of the environment, as Accelerate reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from gradine.configs.schema import EnvironmentFault, Run
+from gradine.stages import checkpoint, growth
+from gradine.stages.data import Images, batches, data_digest, prefetch
+from gradine.stages.losses import penalty_divisor
+from gradine.stages.networks import Discriminator, Generator, initialise
+from gradine.stages.step import Parallel, Rules, TrainState, new_adam, train_step
+
+Event = dict[str, Any]
+TICKS_PER_PHASE = 200
+
+
+def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial: str | None = None) -> Iterator[Event]:
+    """Trains run.stages[stage] from checkpoint `start` to the stage's end, saving below `out`/checkpoints.
+
+    start: a checkpoint inside this stage (goes on exactly there), or at the end of the stage before (grows), or None
+    for the first stage. initial: a checkpoint of another run, whose weights new layers take where names match.
+    Yields `tick`, `checkpoint` and `stage_end` events, JSON-ready, as they happen; ranks above 0 yield nothing.
+    """
+    setting, schedule = run.stages[stage], growth.schedule(run)
+    accelerator = new_accelerator(setting.gpus == 0, setting.workers)
+    torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.workers))
+    torch.use_deterministic_algorithms(run.training.deterministic)
+    state = initial_state(run, stage, start, accelerator.device, initial)
+    generator, discriminator = accelerator.prepare(state.generator, state.discriminator)
+    nets = Parallel(generator, discriminator, accelerator.num_processes, accelerator.no_sync)
+    rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution))
+    images = Images.open(run.data, setting.resolution, decode_threads=torch.get_num_threads())
+    source = prefetch(batches(run, stage, images, state.images_seen, accelerator.process_index, nets.workers))
+    info = {"resolution": setting.resolution, "data": data_digest(run.data.shards, setting.resolution),
+            "workers": nets.workers, "micro_batch": setting.micro_batch, "threads": torch.get_num_threads()}
+    end = schedule.stage_span(stage)[1]
+    clock = Stopwatch()
+    with closing(images), closing(source):  # type: ignore[type-var]  # a generator has close()
+        while state.images_seen < end:
+            moment = growth.at(schedule, state.images_seen)
+            if moment.starts_phase:
+                state.generator_adam, state.discriminator_adam = (
+                    new_adam(net, run) for net in (state.generator, state.discriminator))
+            with clock.measure("data"):
+                shares = [share.to(accelerator.device) for share in next(source)]
+            with clock.measure("step"):
+                seen = train_step(state, nets, shares, moment, rules)
+            before, now = moment.images_seen, state.images_seen
+            if not accelerator.is_main_process:
+                continue
+            tick = run.tick_images or max(1, moment.phase.images // TICKS_PER_PHASE)
+            if before // tick != now // tick or now in (moment.phase.end, end):
+                with clock.measure("log"):
+                    figures = {name: float(value) for name, value in seen.items()}
+                yield {"event": "tick", "resolution": setting.resolution, "phase": moment.phase.kind,
+                       "alpha": moment.alpha, "learning_rate": moment.learning_rate, "images_seen": now,
+                       "images_per_s": clock.rate(now), "skipped": state.skipped.tolist(), **figures}
+            if now == end or before // run.checkpoints.every_images != now // run.checkpoints.every_images:
+                with clock.measure("save"):
+                    path = checkpoint.save(Path(out) / "checkpoints", state,
+                                           {**info, "phase": moment.phase.kind, "stage_end": now == end})
+                    retired = checkpoint.retire(path.parent, run.checkpoints.keep)
+                yield {"event": "checkpoint", "path": str(path), "images_seen": now, "stage_end": now == end,
+                       "resolution": setting.resolution, "retired": retired, "seconds": clock.last}
+    if accelerator.is_main_process:
+        yield {"event": "stage_end", "resolution": setting.resolution, "images_seen": end, **clock.totals()}
+
+
+def new_accelerator(cpu: bool, workers: int) -> Accelerator:
+    """The process group of this stage's workers. EnvironmentFault if Accelerate sees another number of them."""
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    if accelerator.num_processes != workers:
+        raise EnvironmentFault(f"Accelerate sees {accelerator.num_processes} processes, the stage has {workers} workers: "
+                               "each would train alone. Start it through gradine or torchrun with that many processes.")
+    return accelerator
+
+
+def initial_state(run: Run, stage: int, start: str | None, device: torch.device, initial: str | None) -> TrainState:
+    """Fresh networks, then `initial`'s weights, then `start`'s: all of its state if it lies inside this stage."""
+    resolution, fades = run.stages[stage].resolution, stage > 0
+    layout = torch.channels_last if run.training.channels_last else torch.contiguous_format
+    nets = [cls(run.network, resolution, fades) for cls in (Generator, Discriminator, Generator)]
+    for net, role in zip(nets, ("generator", "discriminator", "generator"), strict=True):
+        initialise(net, run.training.seed, role)
+        net.to(device, memory_format=layout)  # type: ignore[call-overload]
+    generator, discriminator, average = nets
+    average.requires_grad_(False)
+    state = TrainState(generator, discriminator, average, new_adam(generator, run),  # type: ignore[arg-type]
+                       new_adam(discriminator, run), torch.zeros(2, device=device),
+                       growth.schedule(run).stage_span(stage)[0])
+    if initial:
+        checkpoint.grow(state, checkpoint.read(initial))
+    if start:
+        files = checkpoint.read(start)
+        if checkpoint.describe(Path(start)).resolution == resolution:
+            checkpoint.restore(state, files)
+        else:
+            checkpoint.grow(state, files)
+            state.skipped.copy_(torch.tensor(json.loads(files["state.json"])["skipped"]))
+    return state
+
+
+class Stopwatch:
+    """Where the wall time goes: seconds by name, and the rate since the last look."""
+
+    def __init__(self) -> None:
+        self.started = self.looked = time.perf_counter()
+        self.seconds: dict[str, float] = {"step": 0.0, "data": 0.0, "log": 0.0, "save": 0.0}
+        self.images: int | None = None
+        self.last = 0.0
+
+    def measure(self, name: str) -> _Measured:
+        return _Measured(self, name)
+
+    def rate(self, images_seen: int) -> float | None:
+        """Images per second since the last call; None the first time."""
+        now = time.perf_counter()
+        rate = None if self.images is None else (images_seen - self.images) / (now - self.looked)
+        self.images, self.looked = images_seen, now
+        return rate
+
+    def totals(self) -> dict[str, float]:
+        wall = time.perf_counter() - self.started
+        return {"wall_s": wall, **{f"{name}_s": seconds for name, seconds in self.seconds.items()}}
+
+
+class _Measured:
+    def __init__(self, clock: Stopwatch, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.last = time.perf_counter() - self.began
+        self.clock.seconds[self.name] += self.clock.last
