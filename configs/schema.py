@@ -148,7 +148,9 @@ class Evaluation:
     """Metrics of the averaged generator at each stage's end, in a Ray task beside the training."""
 
     when: str = "stage"  # `stage`: at each stage's end; `checkpoint`: at every checkpoint too; `end`: after training
-    count: int = 16_384  # images per set at most; half of the reals is the other bound
+    count: int = 20_000  # images per set at most; half of the reals, and 16,384 for SWD, are other bounds
+    memory_gb: float = 8.0  # the images of two sets fit in this, or the count is lowered
+    untrained: bool = True  # score an untrained generator too, to see how far the training came
     cpus: float = 1.0
     gpus: float = 0.0
     samples: int = 64  # images in a grid

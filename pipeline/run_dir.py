@@ -46,6 +46,13 @@ class RunDir:
         self.initial = self.path / "initial"
         self.report = self.path / "report.html"
 
+    @staticmethod
+    def existing(path: str | Path) -> RunDir:
+        folder = RunDir(path)
+        if not folder.config.is_file():
+            raise UserError(f"{path} is no run folder: it has no config.yaml. Give one such as runs/NAME.")
+        return folder
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the run folder; UserError naming the holder if a live process has it. Freed when the holder dies."""

@@ -59,8 +59,8 @@ class SlicedWasserstein(Metric):
         """{"16": .., "32": .., "average": ..}: distance x 1e3 by pixels per side, and the plain average."""
         reals, fakes = _in_hash_order(self.reals), _in_hash_order(self.fakes)
         if not reals or len(reals) != len(fakes):
-            counts = f"{len(reals)} reals, {len(fakes)} fakes"
-            raise ValueError(f"SlicedWasserstein: {counts}, must be equal and not 0. Feed sliced_wasserstein_count() of each.")
+            got = f"{len(reals)} reals, {len(fakes)} fakes"
+            raise ValueError(f"SlicedWasserstein: {got}, must be equal, not 0. Cut the larger set to the smaller one.")
         rng = np.random.default_rng(self.seed)
         sides = [2**n for n in range(4, self.resolution.bit_length())] or [self.resolution]
         result = {str(side): 1e3 * self._distance_at(side, reals, fakes, rng) for side in sides}
@@ -106,9 +106,9 @@ def laplacian_level(images: Tensor, side: int) -> Tensor:
 
 def _smooth(images: Tensor, stride: int = 1) -> Tensor:
     """5x5 binomial filter on each channel, borders mirrored without repeating the edge."""
-    row = torch.tensor([1, 4, 6, 4, 1]).to(images) / 16
-    kernel = row.outer(row).expand(images.shape[1], 1, 5, 5)
-    return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, stride=stride, groups=images.shape[1])
+    channels, row = images.shape[1], torch.tensor([1, 4, 6, 4, 1]).to(images) / 16
+    kernel = row.outer(row).expand(channels, 1, 5, 5)
+    return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, stride=stride, groups=channels)
 
 
 def _sorted_difference(directions: Tensor, reals: Tensor, fakes: Tensor, pool: ThreadPoolExecutor) -> float:
@@ -148,8 +148,8 @@ class MultiScaleSSIM(Metric):
         if side < 64:
             raise ValueError(f"MultiScaleSSIM: {side} px, must be at least 64. Leave it out at smaller stages.")
         if images_a.shape != images_b.shape:
-            got = f"{tuple(images_a.shape)} and {tuple(images_b.shape)}"
-            raise ValueError(f"MultiScaleSSIM: shapes {got}, must be equal. Split one even number of images in two.")
+            got = f"{[*images_a.shape]} and {[*images_b.shape]}"
+            raise ValueError(f"MultiScaleSSIM: shapes {got}, must be equal. Split an even number of images in two.")
         for a, b in zip(images_a.split(16), images_b.split(16), strict=True):
             self.total += multiscale_similarity(a.double(), b.double()).sum()
         self.pairs += len(images_a)
@@ -187,8 +187,7 @@ def _window_mean(images: Tensor) -> Tensor:
     side = images.shape[-1]
     size = min(11, side)
     offsets = torch.arange(size).to(images) - (size - 1) / 2
-    window = torch.exp(-0.5 * (offsets / (1.5 * size / 11)) ** 2)
-    window /= window.sum()
+    window = torch.softmax(-0.5 * (offsets / (1.5 * size / 11)) ** 2, dim=0)  # exp, divided by its sum
     band = torch.stack([F.pad(window, (first, side - size - first)) for first in range(side - size + 1)])
     return band @ images @ band.T
 
@@ -229,7 +228,7 @@ class PixelFrechet(Metric):
         target += rows.T @ rows
 
     def compute(self) -> float:
-        """0 for equal means and covariances, up from there."""
+        """0, up to rounding, for equal means and covariances; more otherwise."""
         (real_count, *reals), (fake_count, *fakes) = _gaussian(self.reals), _gaussian(self.fakes)
         if min(real_count, fake_count) < 2:
             raise ValueError(f"PixelFrechet: {real_count} reals, {fake_count} fakes, must be 2 each. Update with more.")

@@ -1,0 +1,137 @@
+"""The `gradine` commands: parse, load the configuration, call one function.
+
+Imports that take time are made inside the commands: `gradine --help` answers within a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="Train progressively grown GANs from a folder of images. A kimg is 1,000 real images shown.")
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a bundled recipe such as `demo`.")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
+                                                      help="Settings that override the file's, e.g. stages.*.workers=2.")]
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/demo.")]
+
+
+@app.command()
+def run(config: Config, settings: Settings = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, like `gradine plan`.")] = False,
+        ) -> None:
+    """Shard if needed, train, evaluate, report. The same command again resumes."""
+    if dry_run:
+        return plan(config, settings)
+    _train(config, settings, shard_if_needed=True)
+
+
+@app.command()
+def train(config: Config, settings: Settings = None) -> None:
+    """Like `run`, on shards that exist already."""
+    _train(config, settings, shard_if_needed=False)
+
+
+@app.command()
+def plan(config: Config, settings: Settings = None) -> None:
+    """Print what `run` would do: stages, images, batches, workers, memory, time, where it resumes."""
+    from gradine.configs.schema import load
+    from gradine.pipeline.commands import print_plan
+
+    print_plan(load(config, settings or ()))
+
+
+@app.command()
+def shard(source: Annotated[str, typer.Argument(help="A folder, zip or tar of images.")],
+          out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+          resolution: Annotated[int, typer.Option(help="Pixels per side of the top level, a power of two.")] = 1024,
+          crop: Annotated[str, typer.Option(help="`centre`, or `none` to refuse what is not square.")] = "centre",
+          labels: Annotated[str, typer.Option(help="`folders` or `none`.")] = "folders",
+          shard_images: Annotated[int, typer.Option(help="Source images per tar.")] = 1024,
+          max_rejected_share: Annotated[float, typer.Option(help="Bad images up to this share are set aside.")] = 0.01,
+          address: Annotated[str, typer.Option(help="Ray cluster; empty starts one here.")] = "") -> None:
+    """Make per-resolution WebDataset shards of SOURCE in OUT; a second time makes only what is missing."""
+    from gradine.configs.schema import Data
+    from gradine.pipeline.commands import shard_images as make_shards
+
+    data = Data(source=source, shards=str(out), crop=crop, labels=labels, shard_images=shard_images,
+                max_rejected_share=max_rejected_share)
+    make_shards(data, resolution, address)
+
+
+@app.command()
+def evaluate(folder: Folder,
+             checkpoint: Annotated[str, typer.Option(help="Name of a checkpoint; default: the newest.")] = "") -> None:
+    """Measure a checkpoint of RUN here and now, and add the figures to its metrics and report."""
+    from gradine.pipeline.commands import evaluate_run
+
+    evaluate_run(folder, checkpoint)
+
+
+@app.command()
+def sample(folder: Folder,
+           out: Annotated[Path, typer.Option(help="Folder for the PNGs and their grid.")],
+           count: Annotated[int, typer.Option(min=1)] = 64,
+           seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+           checkpoint: Annotated[str, typer.Option(help="Name of a checkpoint; default: the newest.")] = "") -> None:
+    """Write COUNT images that the averaged generator of RUN makes."""
+    from gradine.pipeline.commands import sample_run
+
+    sample_run(folder, out, count, seed, checkpoint)
+
+
+@app.command()
+def export(folder: Folder,
+           out: Annotated[Path | None, typer.Option(help="Default: RUN/export.")] = None,
+           checkpoint: Annotated[str, typer.Option(help="Name of a checkpoint; default: the newest.")] = "") -> None:
+    """Write the averaged generator as safetensors and as a torch.export program that runs without gradine."""
+    from gradine.pipeline.commands import export_run
+
+    export_run(folder, out, checkpoint)
+
+
+@app.command()
+def report(folder: Folder) -> None:
+    """Write RUN/report.html from the run's ledger, metrics and samples."""
+    from gradine.pipeline.report import write_report
+    from gradine.pipeline.run_dir import RunDir
+
+    typer.echo(f"report: {write_report(RunDir.existing(folder))}")
+
+
+@app.command()
+def version() -> None:
+    """Print gradine's version."""
+    from gradine import __version__
+
+    typer.echo(__version__)
+
+
+def _train(config: str, settings: list[str] | None, shard_if_needed: bool) -> None:
+    from gradine.configs.schema import load
+    from gradine.pipeline.driver import train as train_run
+
+    try:
+        train_run(load(config, settings or ()), shard_if_needed)
+    except KeyboardInterrupt:
+        print("gradine: interrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 wrong input, 3 a fault of the machine or cluster, 130 interrupted."""
+    from gradine.configs.schema import EnvironmentFault, UserError
+
+    try:
+        app()
+    except (UserError, EnvironmentFault) as error:
+        print(f"gradine: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 3)
+
+
+if __name__ == "__main__":
+    main()

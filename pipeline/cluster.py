@@ -1,0 +1,148 @@
+"""Ray: one of our own or the cluster's, and the worker groups on it.
+
+A worker group is a placement group of actors that set torchrun's environment variables and call `stages.run_stage`;
+Accelerate takes it from there. A group starts in about 4 s and is reused by consecutive stages with equal resources.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gradine.configs.schema import EnvironmentFault, Run, UserError
+from gradine.pipeline.plan import Plan
+
+
+@contextmanager
+def connected(run: Run) -> Iterator[dict[str, float]]:
+    """A Ray to work on: the cluster at ray.address or RAY_ADDRESS, else one of our own, ended at exit. -> resources."""
+    address = run.ray.address or os.environ.get("RAY_ADDRESS", "")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not address and "ray" not in sys.modules:  # Ray reads these when it is imported
+        # A token that never touches the disk: Ray's control service listens on all interfaces.
+        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import ray
+
+    if ray.is_initialized():  # by a test, or a notebook
+        yield ray.cluster_resources()
+        return
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise EnvironmentFault(f"no Ray cluster at ray.address={address!r}: {' '.join(str(error).split())[:200]}. "
+                                   "Start one, or leave ray.address empty for a Ray of our own.") from error
+    else:
+        cpus = max(stage.workers * stage.cpus for stage in run.stages)
+        ray.init(address="local", num_cpus=int(cpus + run.evaluation.cpus + 0.999), include_dashboard=False,
+                 log_to_driver=False, configure_logging=False, object_store_memory=200 << 20)
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def worker_environment(threads: int) -> dict[str, Any]:
+    """What a Ray process needs to import this very gradine and keep to its threads."""
+    root = str(Path(__file__).resolve().parents[1])
+    if Path(root).name == "gradine":  # installed: .../site-packages/gradine/pipeline
+        root = str(Path(root).parent)
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+    # A cluster job brings its own working directory; only a Ray on this machine can use this machine's path.
+    import ray
+
+    if ray.get_runtime_context().runtime_env.get("working_dir"):
+        del environment["PYTHONPATH"]
+    return {"env_vars": environment}
+
+
+def refuse_unplaceable(run: Run, plan: Plan, resources: dict[str, float]) -> None:
+    """UserError now for a stage or an evaluation that this cluster can never place, not in the night."""
+    for stage in (run.stages[i] for i in plan.stages):
+        for kind, each in (("CPU", stage.cpus), ("GPU", stage.gpus)):
+            wanted, there = stage.workers * each, resources.get(kind, 0)
+            if wanted > there:
+                raise UserError(f"stage {stage.resolution}px asks for {wanted:g} {kind}s ({stage.workers} workers of "
+                                f"{each:g}), Ray has {there:g}. Lower stages.<n>.workers or .{kind.lower()}s.")
+    for kind, wanted in (("CPU", run.evaluation.cpus), ("GPU", run.evaluation.gpus)):
+        if wanted > resources.get(kind, 0):
+            raise UserError(f"evaluation.{kind.lower()}s={wanted:g} is more than Ray has ({resources.get(kind, 0):g}).")
+
+
+class Worker:
+    """A Ray actor: one Accelerate process of a stage's group."""
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a free port on it, for the group's rendezvous."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def join(self, rank: int, local_rank: int, workers: int, master: tuple[str, int]) -> None:
+        """What torchrun would set; a group of one needs none of it."""
+        if workers > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(workers),
+                              MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
+
+    def run_stage(self, *arguments: Any) -> Iterator[dict[str, Any]]:
+        from gradine.stages.loop import run_stage
+
+        yield from run_stage(*arguments)
+
+
+class Group:
+    """A stage's workers: placed, joined, asked to train, ended."""
+
+    def __init__(self, run: Run, stage: int) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Placed
+
+        setting = run.stages[stage]
+        bundle = {"CPU": setting.cpus, "GPU": setting.gpus}
+        self.placement = ray.util.placement_group([{k: v for k, v in bundle.items() if v} or {"CPU": 0.001}]
+                                                  * setting.workers, strategy="PACK")
+        if not self.placement.wait(run.ray.group_timeout_s):
+            ray.util.remove_placement_group(self.placement)
+            raise EnvironmentFault(f"stage {setting.resolution}px: {setting.workers} workers could not be placed within "
+                                   f"ray.group_timeout_s={run.ray.group_timeout_s:g}. Is the cluster busy?")
+        actor = ray.remote(num_cpus=setting.cpus, num_gpus=setting.gpus, max_restarts=0)(Worker)
+        environment = worker_environment(setting.threads)
+        self.workers = [actor.options(scheduling_strategy=Placed(self.placement, index), runtime_env=environment).remote()
+                        for index in range(setting.workers)]
+        addresses = ray.get([worker.address.remote() for worker in self.workers])
+        hosts = [host for host, _ in addresses]
+        ray.get([worker.join.remote(rank, hosts[:rank].count(hosts[rank]), setting.workers, addresses[0])
+                 for rank, worker in enumerate(self.workers)])
+
+    def events(self, *arguments: Any, idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
+        """Rank 0's events of one stage; raises what any worker raised. `idle` is called about once a second."""
+        import ray
+
+        streams = [worker.run_stage.options(num_returns="streaming").remote(*arguments) for worker in self.workers]
+        while streams:
+            ready, _ = ray.wait(streams, num_returns=1, timeout=1.0)
+            for stream in ready:
+                try:
+                    yield ray.get(next(stream))
+                except StopIteration:
+                    streams.remove(stream)
+            idle()
+
+    def end(self) -> None:
+        import ray
+
+        for worker in self.workers:
+            ray.kill(worker)
+        ray.util.remove_placement_group(self.placement)

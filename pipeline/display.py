@@ -1,0 +1,72 @@
+"""The progress a person sees: one live line per stage on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from gradine.configs.schema import Run
+from gradine.pipeline.plan import seconds_left
+from gradine.stages import growth
+
+LOG_EVERY_S = 15.0
+
+
+class Display:
+    """Feed it the stage's events; `say` prints a line that stays."""
+
+    def __init__(self, run: Run, console: Console | None = None) -> None:
+        self.run, self.schedule = run, growth.schedule(run)
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self.rates: dict[int, float] = {}  # images/s by resolution, smoothed
+        self.printed = 0.0
+        self.shown: tuple[int, str] | None = None
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def say(self, line: str, style: str = "") -> None:
+        self.console.print(Text(line, style))
+
+    def tick(self, event: dict[str, Any]) -> None:
+        size = event["resolution"]
+        if event["images_per_s"]:
+            self.rates[size] = 0.9 * self.rates.get(size, event["images_per_s"]) + 0.1 * event["images_per_s"]
+        line = self.line(event)
+        if self.live:
+            self.live.update(Text(line), refresh=True)
+        elif (size, event["phase"]) != self.shown or time.monotonic() - self.printed > LOG_EVERY_S:
+            self.say(line)
+            self.printed, self.shown = time.monotonic(), (size, event["phase"])
+
+    def line(self, event: dict[str, Any]) -> str:
+        """`  16px fade   alpha 0.42    12.3 of 40.0 kimg   130 images/s   D -3.1  G 0.9   3 min left`."""
+        rate = self.rates.get(event["resolution"])
+        skipped = f"  {sum(event['skipped'])} updates skipped" if any(event["skipped"]) else ""
+        return (f"{event['resolution']:>5}px {event['phase']:<4}  alpha {event['alpha']:.2f}  "
+                f"{event['images_seen'] / 1000:>8.1f} of {self.schedule.end / 1000:.1f} kimg  "
+                f"{f'{rate:.0f}' if rate else '-':>5} images/s  D {event['loss_d']:8.3f}  G {event['loss_g']:8.3f}  "
+                f"{duration(seconds_left(self.run, event['images_seen'], self.rates))} left{skipped}")
+
+
+def duration(seconds: float) -> str:
+    """90 -> `1 min 30 s`."""
+    if math.isnan(seconds):
+        return "? min"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"

@@ -1,0 +1,371 @@
+"""Runs the plan: stages on worker groups, retries, evaluations beside the training, the ledger."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gradine import __version__
+from gradine.configs.schema import EnvironmentFault, Run, UserError, dump, load
+from gradine.pipeline import plan as planning
+from gradine.pipeline.cluster import Group, connected, refuse_unplaceable, worker_environment
+from gradine.pipeline.display import Display, duration
+from gradine.pipeline.run_dir import RunDir, write_atomic
+from gradine.stages import checkpoint, growth
+from gradine.stages.data import data_digest, level_folder
+
+FAILURES_WITHOUT_PROGRESS = 3
+
+
+def run_folder(run: Run) -> RunDir:
+    return RunDir(Path(run.runs) / run.name)
+
+
+def absolute(run: Run) -> Run:
+    """Paths that hold in every process, whatever folder it runs in; threads and micro-batches written out."""
+    data = replace(run.data, shards=str(Path(run.data.shards).expanduser().absolute()),
+                   cache_dir=str(Path(run.data.cache_dir).expanduser().absolute()))
+    return replace(run, data=data, runs=str(Path(run.runs).expanduser().absolute()))
+
+
+def settle(run: Run, folder: RunDir) -> tuple[Run, planning.Plan]:
+    """The run as it will be trained, and its plan; the folder is only read. UserError for what cannot be resumed."""
+    run = absolute(run)
+    stored = load(folder.config) if folder.config.is_file() else None
+    found, damaged = checkpoint.find(folder.checkpoints)
+    if run.resume == "fresh" and folder.config.is_file():
+        raise UserError(f"resume=fresh wants an empty run folder, {folder.path} is not. Use resume=auto to go on, or "
+                        "another name=.")
+    run = planning.resolved(run, os.cpu_count() or 1, stored)
+    branches = [str(line["resolution"]) for line in folder.lines("ledger.jsonl") if line["event"] == "branch"]
+    while True:
+        plan = planning.make_plan(run, found, branches[-1] if branches else None)
+        if plan.start is None:
+            break
+        try:
+            checkpoint.read(plan.start.path)
+            break
+        except checkpoint.Damaged as error:
+            damaged.append(str(error))
+            found.remove(plan.start)
+    if stored:
+        planning.refuse_changes(run, stored, plan.branch)
+    if damaged:
+            plan = replace(plan, reason=plan.reason + "".join(f"; passed over: {line}" for line in damaged))
+    return run, plan
+
+
+def train(run: Run, shard_if_needed: bool, display: Display | None = None) -> RunDir:
+    """Shards (if asked), every stage, evaluations and the report. Safe to call again after any interruption."""
+    folder = run_folder(run)
+    with folder.locked():
+        run, plan = settle(run, folder)
+        with display or Display(run) as shown, connected(run) as resources:
+            started = time.monotonic()
+            folder.record("start", gradine=__version__, command=" ".join(sys.argv), host=socket.gethostname(),
+                          cores=os.cpu_count(), versions=versions(), resources=resources)
+            refuse_unplaceable(run, plan, resources)
+            if shard_if_needed:
+                make_shards(run, folder, shown)
+            open_run(run, folder, plan, shown)
+            session = Session(run, folder, shown)
+            session.train(plan)
+            session.finish()
+            folder.record("end", seconds=round(time.monotonic() - started, 1))
+        from gradine.pipeline.report import write_report
+        report = write_report(folder)
+        shown.say(f"report: {report}", "bold green")
+    return folder
+
+
+def open_run(run: Run, folder: RunDir, plan: planning.Plan, shown: Display) -> None:
+    """Before the first step: leftovers removed, a branch's past moved aside, settings and data pinned."""
+    for orphan in checkpoint.remove_orphans(folder.checkpoints):
+        shown.say(f"removed {orphan}, left by a save that was cut short", "yellow")
+    if plan.branch:
+        supersede(folder, plan)
+    if run.init_from and not folder.initial.exists() and not plan.start:
+        copy_initial(run, folder, shown)
+    pin_data(run, folder)
+    write_atomic(folder.config, dump(run).encode())
+    where = f"{plan.start.name}" if plan.start else "nothing"
+    folder.record("resume", images_seen=plan.images_seen, start=plan.start.name if plan.start else None,
+                  reason=plan.reason)
+    shown.say(f"resume: from {where} ({plan.reason})")
+
+
+def supersede(folder: RunDir, plan: planning.Plan) -> None:
+    """Moves what came after the branch point to superseded/<n>/, by rename; nothing is deleted."""
+    number = next(n for n in range(1, 10**6) if not (folder.superseded / str(n)).exists())
+    aside = folder.superseded / str(number)
+    (aside / "checkpoints").mkdir(parents=True)
+    (aside / "samples").mkdir()
+    shutil.copy2(folder.config, aside / "config.yaml")
+    metrics = folder.lines("metrics.jsonl")
+    if metrics:
+        (folder.path / "metrics.jsonl").rename(aside / "metrics.jsonl")
+        for row in metrics:
+            if row["images_seen"] <= plan.images_seen:
+                folder.append("metrics.jsonl", row)
+    for later in plan.superseded:
+        Path(later.path).rename(aside / "checkpoints" / later.name)
+    for sample in folder.samples.glob("r*-[0-9]*.png"):
+        if int(sample.stem.split("-")[1]) > plan.images_seen:
+            sample.rename(aside / "samples" / sample.name)
+    folder.record("branch", resolution=plan.branch, images_seen=plan.images_seen, superseded=str(number))
+
+
+def copy_initial(run: Run, folder: RunDir, shown: Display) -> None:
+    """Keeps the newest valid checkpoint of `init_from` in the run folder: later stages draw their new layers from it."""
+    found, _ = checkpoint.find(RunDir(run.init_from).checkpoints)
+    for source in reversed(found):
+        with suppress(checkpoint.Damaged):
+            files = checkpoint.read(source.path)
+            checkpoint.commit(folder.path, folder.initial, files)
+            shown.say(f"weights start from {source.path}")
+            return
+    raise UserError(f"init_from={run.init_from!r} holds no valid checkpoint. Give the folder of a run, e.g. runs/NAME.")
+
+
+def pin_data(run: Run, folder: RunDir) -> None:
+    """The levels a run trains on never change under it. UserError if they did."""
+    digests = {str(stage.resolution): data_digest(run.data.shards, stage.resolution) for stage in run.stages}
+    for line in folder.lines("ledger.jsonl"):
+        for size, digest in line.get("digests", {}).items():
+            if digests.get(size, digest) != digest:
+                raise UserError(f"the {size}px shards in {run.data.shards} are not those run {run.name!r} was started "
+                                "with. Put these back, or give the run another name=.")
+    folder.record("data", digests=digests)
+
+
+def make_shards(run: Run, folder: RunDir, shown: Display) -> None:
+    """Shards what is missing; without its source, a finished set is used as it is."""
+    from gradine.pipeline.shards import locate, shard
+
+    whole = all((level_folder(run.data.shards, s.resolution) / "index.json").is_file() for s in run.stages)
+    began = time.monotonic()
+    if whole:
+        try:
+            locate(run.data.source)
+        except UserError:
+            shown.say(f"shards: {run.data.shards} is whole; its source {run.data.source} is not here to compare with")
+            return
+
+    def progress(done: int, total: int) -> None:
+        if done and (done == total or not done % max(1, total // 10)):
+            shown.say(f"shards: {done} of {total}")
+
+    summary = shard(run.data, run.final_resolution, progress)
+    folder.record("shards", **summary, seconds=round(time.monotonic() - began, 1))
+    shown.say(f"shards: {summary['images']:,} images, {summary['rejected']} rejected, {summary['ignored']} other files "
+              f"ignored, {summary['classes']} classes, {summary['bytes'] / 1e6:.1f} MB in {run.data.shards}")
+
+
+class Session:
+    """One driver's work on a run: stages in order, evaluations beside them."""
+
+    def __init__(self, run: Run, folder: RunDir, shown: Display) -> None:
+        self.run, self.folder, self.shown = run, folder, shown
+        self.schedule = growth.schedule(run)
+        self.group: Group | None = None
+        self.grouped_for: int | None = None
+        self.evaluating: dict[Any, tuple[checkpoint.Checkpoint, float]] = {}
+        self.board = Board(folder.path / "tensorboard")
+
+    def train(self, plan: planning.Plan) -> None:
+        """Every stage of the plan; a failed one goes on from the newest valid checkpoint."""
+        self.evaluate_missing(plan)
+        start, failures, furthest = plan.start, 0, plan.images_seen
+        stages = list(plan.stages)
+        try:
+            while stages:
+                try:
+                    start = self.stage(stages[0], start)
+                    stages.pop(0)
+                    failures = 0
+                except UserError:
+                    raise
+                except Exception as error:
+                    reason = self.reason(error)
+                    self.end_group()
+                    start = self.newest()
+                    seen = start.images_seen if start else 0
+                    failures = 1 if seen > furthest else failures + 1
+                    furthest = max(furthest, seen)
+                    stages = [i for i in range(len(self.run.stages)) if self.schedule.stage_span(i)[1] > seen]
+                    self.folder.record("retry", reason=reason, failures=failures)
+                    where = start.name if start else "the beginning"
+                    self.shown.say(f"stage failed: {reason}; resuming from {where} "
+                                   f"({failures} of {FAILURES_WITHOUT_PROGRESS} failures without progress)", "yellow")
+                    if failures >= FAILURES_WITHOUT_PROGRESS:
+                        raise EnvironmentFault(f"training failed {failures} times without progress since {where}, last: "
+                                               f"{reason}. The same command resumes once the cause is mended.") from error
+                    self.folder.record("resume", images_seen=seen, start=start.name if start else None, reason=reason)
+        finally:
+            self.end_group()
+
+    def stage(self, index: int, start: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint:
+        """Trains one stage to its end; returns its final checkpoint. An EnvironmentFault of a worker is not retried."""
+        setting = self.run.stages[index]
+        self.join_group(index)
+        assert self.group
+        self.folder.record("stage_start", resolution=setting.resolution, workers=setting.workers,
+                           images_seen=start.images_seen if start else 0)
+        initial = str(self.folder.initial) if self.folder.initial.exists() else None
+        arguments = (self.run, index, start.path if start else None, str(self.folder.path), initial)
+        final = start
+        for event in self.group.events(*arguments, idle=self.collect):
+            self.folder.record(**event)
+            if event["event"] == "tick":
+                self.shown.tick(event)
+                self.board.tick(event)
+            elif event["event"] == "checkpoint":
+                final = checkpoint.describe(Path(event["path"]))
+                when = self.run.evaluation.when
+                if when == "checkpoint" or (when == "stage" and final.stage_end):
+                    self.evaluate(final)
+            elif event["event"] == "stage_end":
+                share = event["step_s"] / event["wall_s"]
+                self.shown.say(f"{setting.resolution:>5}px done in {duration(event['wall_s'])}: {share:.1%} of it in "
+                               f"steps, {event['data_s'] / event['wall_s']:.1%} waiting for data")
+        assert final and final.stage_end
+        return final
+
+    def join_group(self, index: int) -> None:
+        if self.group and self.grouped_for is not None and planning.same_group(
+                self.run.stages[self.grouped_for], self.run.stages[index]):
+            return
+        self.end_group()
+        began = time.monotonic()
+        self.group, self.grouped_for = Group(self.run, index), index
+        self.folder.record("group", workers=self.run.stages[index].workers, seconds=round(time.monotonic() - began, 2))
+
+    def end_group(self) -> None:
+        if self.group:
+            self.group.end()
+            self.group = None
+
+    def newest(self) -> checkpoint.Checkpoint | None:
+        for candidate in reversed(checkpoint.find(self.folder.checkpoints)[0]):
+            try:
+                checkpoint.read(candidate.path)
+                return candidate
+            except checkpoint.Damaged as error:
+                self.shown.say(f"passed over: {error}", "yellow")
+        return None
+
+    def reason(self, error: BaseException) -> str:
+        """One line for the ledger. An EnvironmentFault raised in a worker stops the run: a retry would meet it again."""
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, UserError | EnvironmentFault):
+            raise type(cause)(str(cause)) from error
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"[:300]
+
+    # Evaluations: Ray tasks beside the training, which never waits for them ------------------------------------------
+
+    def evaluate_missing(self, plan: planning.Plan) -> None:
+        """Stage ends on disk that have no figures yet, e.g. because the last session was killed while measuring."""
+        if self.run.evaluation.when == "end":
+            return
+        measured = {row["checkpoint"] for row in self.folder.lines("metrics.jsonl")}
+        for found in checkpoint.find(self.folder.checkpoints)[0]:
+            if found.stage_end and found.name not in measured and found.images_seen <= plan.images_seen:
+                self.evaluate(found)
+
+    def evaluate(self, of: checkpoint.Checkpoint) -> None:
+        import ray
+
+        setting = self.run.evaluation
+        threads = max(1, int(setting.cpus))
+        task = ray.remote(num_cpus=setting.cpus, num_gpus=setting.gpus, max_retries=1)(evaluate_beside)
+        ref = task.options(runtime_env=worker_environment(threads)).remote(self.run, of.path, str(self.folder.path), threads)
+        self.evaluating[ref] = of, time.monotonic()
+
+    def collect(self, wait_s: float = 0.0) -> None:
+        """Takes in the evaluations that ended. One that failed leaves a line with its reason; training goes on."""
+        import ray
+
+        if not self.evaluating:
+            return
+        ready, _ = ray.wait(list(self.evaluating), num_returns=1, timeout=wait_s)
+        for ref in ready:
+            of, began = self.evaluating.pop(ref)
+            rows, error = [], None
+            try:
+                rows = ray.get(ref)
+            except Exception as failure:  # whatever an evaluator dies of, training does not
+                error = f"{type(failure).__name__}: {str(getattr(failure, 'cause', failure)).strip().splitlines()[-1]}"
+            for row in rows:
+                self.folder.append("metrics.jsonl", row)
+                self.board.metric(row)
+            self.folder.record("evaluation", checkpoint=of.name, resolution=of.resolution, images_seen=of.images_seen,
+                               seconds=round(time.monotonic() - began, 1), error=error)
+            if error:
+                self.shown.say(f"evaluation of {of.name} failed ({error}); training goes on", "yellow")
+            else:
+                self.shown.say(evaluation_line(of, rows), "cyan")
+
+    def finish(self) -> None:
+        """Waits for the evaluations still running; with evaluation.when=end they only start now."""
+        if self.run.evaluation.when == "end":
+            for found in checkpoint.find(self.folder.checkpoints)[0]:
+                if found.stage_end:
+                    self.evaluate(found)
+        while self.evaluating:
+            self.collect(wait_s=1.0)
+        self.board.close()
+
+
+def evaluate_beside(run: Run, path: str, out: str, threads: int) -> list[dict[str, Any]]:
+    """Body of the evaluation's Ray task: on a CPU it yields to the training."""
+    from gradine.stages.evaluate import evaluate
+
+    if not run.evaluation.gpus:
+        os.nice(10 - os.nice(0))  # Ray reuses the process: to 10, not by 10
+    return evaluate(run, path, out, threads)
+
+
+def evaluation_line(of: checkpoint.Checkpoint, rows: list[dict[str, Any]]) -> str:
+    figures = []
+    for row in rows:
+        if row["value"] is not None:
+            beside = [f"{name} {row[name]:.4g}" for name in ("floor", "untrained", "reals") if row[name] is not None]
+            figures.append(f"{row['metric']} {row['value']:.4g} ({', '.join(beside)}; {row['count']} images)")
+    return f"{of.resolution:>5}px measured: {', '.join(figures)}"
+
+
+class Board:
+    """TensorBoard's event files; their step is images seen."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.summary import Writer
+
+        self.writer = Writer(str(folder))
+
+    def tick(self, event: dict[str, Any]) -> None:
+        for name, value in event.items():
+            if isinstance(value, float):
+                self.writer.add_scalar(f"train/{name}", value, event["images_seen"])
+
+    def metric(self, row: dict[str, Any]) -> None:
+        if row["value"] is not None:
+            self.writer.add_scalar(f"metrics/{row['metric']}", row["value"], row["images_seen"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("torch", "ray", "accelerate", "webdataset", "torchmetrics", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,155 @@
+"""What is still to run, from which checkpoint, and why. Pure: settings and what is on disk in, a plan out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradine.configs.schema import Run, Stage, UserError, as_dict, flatten
+from gradine.stages import growth
+from gradine.stages.checkpoint import Checkpoint
+
+# Settings that may differ between a run and its resumption: they change what is kept and shown, not what is trained.
+SAFE = ("resume", "branch", "init_from", "tick_images", "runs", "checkpoints.", "evaluation.", "ray.", "data.source",
+        "data.shards", "data.cache_gb", "data.cache_dir", "data.max_rejected_share")
+SAFE_OF_A_STAGE = ("workers", "micro_batch", "cpus", "gpus")  # the sums' order may change, not what is summed
+MACS_PER_IMAGE_AND_STEP = 18  # of one forward: G 1 + 3, D 3 + 1 + 4 + 4 + 2 (penalty's second backward included)
+ASSUMED_GMACS = {"cpu": 60.0, "gpu": 6_000.0}  # a second, per core or GPU, where nothing was measured yet
+
+
+@dataclass(frozen=True)
+class Plan:
+    start: Checkpoint | None  # where training goes on; None: from nothing
+    images_seen: int
+    stages: tuple[int, ...]  # indices still to run, the first of them perhaps from its middle
+    superseded: tuple[Checkpoint, ...]  # what a branch leaves behind
+    branch: int | None  # resolution of a branch that starts now
+    reason: str
+
+
+def make_plan(run: Run, found: Sequence[Checkpoint], last_branch: str | None = None) -> Plan:
+    """Where `run` goes on, given its checkpoints (by images seen) and the resolution it last branched at.
+
+    Raises UserError for a resume that is not possible.
+    """
+    schedule = growth.schedule(run)
+    if run.resume == "fresh":
+        if found:
+            raise UserError(f"resume=fresh wants an empty run folder, this one has {len(found)} checkpoints, the newest "
+                            f"{found[-1].name}. Use resume=auto to go on, or another name=.")
+        return _plan(run, schedule, None, "fresh start, as asked")
+    if run.resume == "auto" or (run.resume == last_branch and run.branch == "continue"):
+        if not found:
+            return _plan(run, schedule, None, "no checkpoint yet")
+        return _plan(run, schedule, found[-1], f"newest of {len(found)} checkpoints")
+    index = [stage.resolution for stage in run.stages].index(int(run.resume))
+    boundary = schedule.stage_span(index)[0]
+    before = run.stages[index - 1].resolution
+    starts = [c for c in found if c.stage_end and c.resolution == before and c.images_seen == boundary]
+    if not starts:
+        have = ", ".join(c.name for c in found if c.stage_end) or "none"
+        raise UserError(f"resume={run.resume} needs the checkpoint at the end of the {before}px stage "
+                        f"({boundary:,} images), which is not there. Ends of stages found: {have}. Use resume=auto.")
+    later = tuple(c for c in found if c.images_seen > boundary)
+    plan = _plan(run, schedule, starts[0], f"branch at {run.resume}px, leaving {len(later)} later checkpoints")
+    return replace(plan, superseded=later, branch=int(run.resume))
+
+
+def _plan(run: Run, schedule: growth.Schedule, start: Checkpoint | None, reason: str) -> Plan:
+    seen = start.images_seen if start else 0
+    if start and not any(seen == p.end or p.start < seen < p.end for p in schedule.phases
+                         if p.resolution == start.resolution):
+        raise UserError(f"checkpoint {start.name} does not lie in its stage of this configuration's schedule. "
+                        "Resume with the configuration the run was started with.")
+    stages = tuple(i for i in range(len(run.stages)) if schedule.stage_span(i)[1] > seen)
+    return Plan(start, seen, stages, (), None, reason)
+
+
+def resolved(run: Run, cores: int, stored: Run | None = None) -> Run:
+    """The run with `threads` and `micro_batch` written out: part of what is computed, so a resume keeps them."""
+    stages = []
+    for index, stage in enumerate(run.stages):
+        kept = stored.stages[index] if stored and index < len(stored.stages) else None
+        share = stage.batch_size // stage.workers
+        micro = kept.micro_batch if kept and share % kept.micro_batch == 0 else share
+        threads = kept.threads if kept else max(1, cores // stage.workers)
+        stages.append(replace(stage, threads=stage.threads or threads, micro_batch=stage.micro_batch or micro))
+    return replace(run, stages=stages)
+
+
+def refuse_changes(run: Run, stored: Run, branching_at: int | None = None) -> None:
+    """UserError with a line per key if `run` would train something else than `stored`, the run it resumes.
+
+    A new branch may change what comes after it: its stages, and what training uses in them.
+    """
+    was, now = flatten(as_dict(stored)), flatten(as_dict(run))
+    changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)
+               and not _may_change(key, run, branching_at)]
+    if changed:
+        lines = "".join(f"\n  {key}: {was.get(key, 'not set')} -> {now.get(key, 'not set')}" for key in changed)
+        raise UserError(f"run {run.name!r} was started with other settings:{lines}\nTake them back, give the run another "
+                        "name=, or branch off where they take effect with resume=RESOLUTION branch=new.")
+
+
+def _may_change(key: str, run: Run, branching_at: int | None) -> bool:
+    if key.startswith(SAFE):
+        return True
+    if key.startswith("stages."):
+        _, index, setting = key.split(".")
+        resolution = run.stages[0].resolution * 2 ** int(index)
+        return setting in SAFE_OF_A_STAGE or (branching_at is not None and resolution >= branching_at)
+    return branching_at is not None and key.startswith(("training.", "preset"))
+
+
+def same_group(a: Stage, b: Stage) -> bool:
+    """Whether two consecutive stages can share one group of workers."""
+    return (a.workers, a.cpus, a.gpus, a.threads) == (b.workers, b.cpus, b.gpus, b.threads)
+
+
+def memory_gb(run: Run, stage: Stage) -> float:
+    """Rough device memory of one worker's step: weights, gradients, moments and average, and kept feature maps."""
+    weights = growth.parameters(run.network, stage.resolution) * 4 * (4 + 4 + 1)
+    micro = stage.micro_batch or stage.batch_size // stage.workers
+    width = 2 if run.training.precision == "bfloat16" else 4
+    # D keeps the maps of three forwards; the penalty's double backward keeps as much again
+    maps = growth.activation_floats(run.network, stage.resolution) * micro * width * 3 * 4
+    return (weights + maps) / 1e9
+
+
+def table(run: Run, plan: Plan, measured: dict[int, float]) -> list[dict[str, Any]]:
+    """A row per stage for `gradine plan`: `measured` holds images/s by resolution from this run's own ledger."""
+    schedule = growth.schedule(run)
+    rows = []
+    for index, stage in enumerate(run.stages):
+        first, last = schedule.stage_span(index)
+        left = max(0, last - max(first, plan.images_seen))
+        device = "gpu" if stage.gpus else "cpu"
+        units = stage.workers * (max(1.0, stage.gpus) if stage.gpus else max(1, stage.threads))
+        step_macs = MACS_PER_IMAGE_AND_STEP * growth.macs_per_image(run.network, stage.resolution)
+        rate = measured.get(stage.resolution) or ASSUMED_GMACS[device] * 1e9 * units / step_macs
+        rows.append({
+            "resolution": stage.resolution, "batch_size": stage.batch_size, "learning_rate": stage.learning_rate,
+            "workers": stage.workers, "most_workers": stage.batch_size // growth.group_size(stage.batch_size),
+            "micro_batch": stage.micro_batch, "threads": stage.threads, "device": device,
+            "fade_images": stage.fade_images if index else 0, "hold_images": stage.hold_images, "left": left,
+            "memory_gb": memory_gb(run, stage), "hours": left / rate / 3600, "measured": stage.resolution in measured,
+            "state": "done" if not left else "from the middle" if left < last - first else "to run"})
+    return rows
+
+
+def seconds_left(run: Run, images_seen: int, rates: dict[int, float]) -> float:
+    """Time to the end of the run: measured images/s where there are any, else scaled from the nearest by the work."""
+    schedule = growth.schedule(run)
+    total = 0.0
+    for index, stage in enumerate(run.stages):
+        left = growth.images_between(schedule.phases, images_seen, schedule.end, index)
+        if not left:
+            continue
+        if not rates:
+            return math.nan
+        known = min(rates, key=lambda size: abs(math.log2(size / stage.resolution)))
+        work = (growth.macs_per_image(run.network, stage.resolution) / growth.macs_per_image(run.network, known))
+        total += left * work / rates[known]
+    return total

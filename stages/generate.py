@@ -1,0 +1,89 @@
+"""Pictures from a trained generator: load the average, draw latents, grids, export for use without gradine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gradine.configs.schema import Run
+from gradine.stages import checkpoint
+from gradine.stages.growth import random_seed
+from gradine.stages.networks import Generator
+
+COLUMNS = 8  # of a grid
+
+
+def load_average(run: Run, files: dict[str, bytes]) -> Generator:
+    """The averaged generator of a verified checkpoint, ready to sample at alpha = 1."""
+    resolution = json.loads(files["state.json"])["resolution"]
+    generator = Generator(run.network, resolution, fades=resolution > run.stages[0].resolution)
+    generator.load_state_dict(checkpoint.load_tensors(files, "average"))
+    return generator.eval().requires_grad_(False)
+
+
+def draw_latents(run: Run, purpose: str, count: int, seed: int | None = None) -> Tensor:
+    """[count, latent_size], a function of (seed, purpose); the seed is the run's unless another is given."""
+    source = torch.Generator().manual_seed(random_seed(run.training.seed if seed is None else seed, purpose))
+    return torch.randn(count, run.network.latent_size, generator=source)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255, rounded and clamped."""
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def generate(generator: Generator, latents: Tensor, batch: int = 32) -> Iterator[Tensor]:
+    """uint8 [n, 3, R, R] on the CPU, n <= batch, for the latents in order."""
+    device = next(generator.parameters()).device
+    for part in latents.split(batch):
+        yield to_uint8(generator(part.to(device))).cpu()
+
+
+def grid(images: Tensor) -> Image.Image:
+    """uint8 [N, 3, R, R] -> one picture, image i at row i // 8, column i % 8, no gaps; empty places are black."""
+    columns = min(COLUMNS, len(images))
+    rows = -(-len(images) // columns)
+    size = images.shape[-1]
+    canvas = torch.zeros(rows * columns, 3, size, size, dtype=torch.uint8)
+    canvas[:len(images)] = images
+    pixels = canvas.view(rows, columns, 3, size, size).permute(0, 3, 1, 4, 2).reshape(rows * size, columns * size, 3)
+    return Image.fromarray(pixels.numpy())
+
+
+def save_png(image: Image.Image, path: Path) -> Path:
+    """Written beside, then renamed: a reader never meets half a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    image.save(partial, "PNG")
+    return partial.rename(path)
+
+
+def export(run: Run, files: dict[str, bytes], out: Path) -> list[Path]:
+    """Writes generator.safetensors, generator.pt2 (a torch.export program) and generator.json into `out`.
+
+    The program maps latents [N, latent_size], any N, to images [N, 3, R, R] in about [-1, 1], without gradine:
+    `torch.export.load("generator.pt2").module()(latents)`.
+    """
+    generator = load_average(run, files)
+    resolution = list(generator.to_rgb)[-1]
+    alone = Generator(run.network, int(resolution), fades=False)  # alpha = 1 needs no older to-RGB
+    alone.load_state_dict(generator.state_dict(), strict=False)
+    alone.eval().requires_grad_(False)
+    out.mkdir(parents=True, exist_ok=True)
+    program = torch.export.export(alone, (torch.zeros(2, run.network.latent_size),),
+                                  dynamic_shapes={"latents": {0: torch.export.Dim("batch", min=1)}, })
+    paths = [out / name for name in ("generator.safetensors", "generator.pt2", "generator.json")]
+    safetensors.torch.save_file(dict(alone.state_dict()), paths[0])
+    torch.export.save(program, paths[1])
+    paths[2].write_text(json.dumps({
+        "resolution": int(resolution), "latent_size": run.network.latent_size, "fmap_base": run.network.fmap_base,
+        "fmap_max": run.network.fmap_max, "latents": "N(0, 1)", "images": "[N, 3, R, R] in [-1, 1]",
+        "images_seen": json.loads(files["state.json"])["images_seen"]}, indent=1))
+    return paths
