@@ -1,0 +1,373 @@
+"""Claims about the report, on run folders made by hand: pictures of known pixels, ledgers of known numbers."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gradine.configs.schema import UserError, dump, from_dict
+from gradine.pipeline.report import write_report
+from gradine.pipeline.run_dir import RunDir
+
+SPANS = {4: (0, 100), 8: (100, 300), 16: (300, 500), 32: (500, 700)}  # 100 images a phase; 4 px does not fade
+
+
+class Page(HTMLParser):
+    """A report, read back: its tags, its text, and the cells of its tables by the id they stand in."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.words: list[str] = []
+        self.id, self.cell = "", False
+        self.feed(self.source)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("section", "table") and dict(attrs).get("id"):
+            self.id = dict(attrs)["id"] or ""
+        if tag == "tr":
+            self.tables.setdefault(self.id, []).append([])
+        if tag in ("td", "th"):
+            self.tables[self.id][-1].append("")
+            self.cell = True
+
+    def handle_endtag(self, tag):
+        self.cell = self.cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self.cell:
+            self.tables[self.id][-1][-1] = f"{self.tables[self.id][-1][-1]} {data}".strip()
+
+    def pictures(self, alt: str) -> list[Image.Image]:
+        found = [attrs["src"] or "" for tag, attrs in self.tags if tag == "img" and alt in (attrs["alt"] or "")]
+        return [Image.open(io.BytesIO(base64.b64decode(source.split("base64,")[1]))) for source in found]
+
+    def row(self, table: str, start: str) -> list[str]:
+        return next(cells for cells in self.tables[table] if cells[0].startswith(start))
+
+
+def tiles(resolution: int, count: int = 16) -> np.ndarray:
+    """uint8 [count, R, R, 3]: no two pixels alike but by chance."""
+    return np.random.default_rng(resolution).integers(0, 256, (count, resolution, resolution, 3), dtype=np.uint8)
+
+
+def save_grid(run: RunDir, name: str, images: np.ndarray) -> None:
+    size, columns = images.shape[1], min(8, len(images))
+    canvas = np.zeros((-(-len(images) // 8) * size, columns * size, 3), np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // 8 * size, i % 8 * size
+        canvas[top:top + size, left:left + size] = image
+    run.samples.mkdir(exist_ok=True)
+    Image.fromarray(canvas).save(run.samples / name)
+
+
+def metric(name: str, resolution: int, **facts):
+    seen = SPANS[resolution][1]
+    return {"metric": name, "value": None, "reason": None, "levels": None, "floor": None, "untrained": None,
+            "reals": None, "resolution": resolution, "checkpoint": f"r{resolution:04d}-hold-{seen:09d}",
+            "images_seen": seen, "count": 5000, "seed": 0, "seconds": 1.0, **facts}
+
+
+def tick(resolution: int, images_seen: int, **facts):
+    return {"event": "tick", "time": 1000.0 + images_seen, "resolution": resolution, "phase": "hold", "alpha": 1.0,
+            "learning_rate": 0.001, "images_seen": images_seen, "images_per_s": 50.0, "skipped": [0.0, 0.0],
+            "loss_d": -1.0 - images_seen / 100, "loss_g": 2.0, "score_real": 1.0, "score_fake": -1.0, "penalty": 0.1,
+            "gradient_norm": 0.9, **facts}
+
+
+def new_run(folder: Path, resolutions=(4, 8, 16, 32), name: str = "flowers") -> RunDir:
+    stages = [{"resolution": r, "fade_images": 100, "hold_images": 100, "batch_size": 4} for r in resolutions]
+    run = RunDir(folder / "run")
+    run.path.mkdir()
+    (folder / "shards").mkdir()
+    data = {"source": "flowers.zip", "shards": str(folder / "shards")}
+    run.config.write_text(dump(from_dict({"name": name, "data": data, "stages": stages})))
+    return run
+
+
+def train(run: RunDir, resolutions=(4, 8, 16, 32)) -> None:
+    """The ledger of a session that trains these stages to their ends."""
+    run.append("ledger.jsonl", {"time": 1000.0, "event": "start", "gradine": "0.1.0", "command": "gradine train flowers",
+                                "host": "atelier", "cores": 2, "versions": {"torch": "2.9", "ray": "2.60"}})
+    for resolution in resolutions:
+        start, end = SPANS[resolution]
+        for seen in range(start + 20, end + 1, 20):
+            run.append("ledger.jsonl", tick(resolution, seen))
+        run.append("ledger.jsonl", {"time": 1000.0 + end, "event": "stage_end", "resolution": resolution,
+                                    "images_seen": end, "wall_s": 200.0, "step_s": 150.0, "data_s": 30.0, "log_s": 1.0,
+                                    "save_s": 7.0})
+    run.append("ledger.jsonl", {"time": 8200.0, "event": "end", "seconds": 7200.0})
+
+
+def evaluate(run: RunDir, resolutions=(4, 8, 16, 32)) -> None:
+    for r in resolutions:
+        run.append("metrics.jsonl", metric("swd", r, value=10.0 + r, floor=2.5, untrained=200.0 + r))
+        save_grid(run, f"r{r:04d}-{SPANS[r][1]:09d}.png", tiles(r))
+        save_grid(run, f"r{r:04d}-reals.png", 255 - tiles(r))
+
+
+@pytest.fixture
+def finished(tmp_path) -> RunDir:
+    run = new_run(tmp_path)
+    train(run)
+    evaluate(run)
+    return run
+
+
+def report(run: RunDir) -> Page:
+    path = write_report(run)
+    assert path == run.path / "report.html"
+    return Page(path)
+
+
+# ---- The file
+
+
+def test_page_asks_nothing_of_the_network(finished):
+    page = report(finished)
+    addresses = [value or "" for _, attrs in page.tags for key, value in attrs.items()
+                 if key in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")]
+    assert len(addresses) > 12
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "base"}
+    assert not re.search(r"https?:|@import|url\((?!#)", page.source)
+
+
+def test_report_needs_neither_torch_nor_matplotlib_until_it_plots():
+    code = "import sys, gradine.pipeline.report; print({'torch', 'matplotlib', 'ray'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_names_reasons_and_paths_appear_as_text(tmp_path):
+    hostile = '<script>alert("1")</script>'
+    run = new_run(tmp_path, name="a<b>&c")
+    train(run, [4])
+    run.append("ledger.jsonl", {"time": 1.0, "event": "retry", "reason": hostile, "failures": 1})
+    run.append("metrics.jsonl", metric("swd", 4, reason=hostile))
+    lines = [{"path": hostile, "reason": "torn"}, {"path": "caf\udce9.png", "reason": "<img src=x>"}]
+    (tmp_path / "shards/rejected.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(run)
+    assert page.text.count(hostile) == 3
+    assert "a<b>&c" in page.text
+    assert "<img src=x>" in page.text
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
+
+
+# ---- Pictures
+
+
+def test_growth_strip_holds_the_first_eight_tiles_of_each_stage(finished):
+    strips = report(finished).pictures("first latents")
+    assert len(strips) == 4
+    for strip, resolution in zip(strips, SPANS, strict=True):
+        np.testing.assert_array_equal(np.asarray(strip), np.concatenate(list(tiles(resolution)[:8]), axis=1))
+
+
+def test_growth_strip_of_fewer_than_eight_tiles_keeps_their_size(tmp_path):
+    run = new_run(tmp_path)
+    train(run, [4])
+    save_grid(run, "r0004-000000100.png", tiles(4, 3))
+    page = report(run)
+    np.testing.assert_array_equal(np.asarray(page.pictures("first latents")[0]), np.concatenate(list(tiles(4, 3)), axis=1))
+    assert 'width: 37.5%' in page.source  # 3 of 8
+
+
+def test_pictures_of_a_stage_are_its_samples_beside_its_reals(finished):
+    page = report(finished)
+    shown = page.pictures("Generated images, 16 px") + page.pictures("Real images, 16 px")
+    for picture, images in zip(shown, (tiles(16), 255 - tiles(16)), strict=True):
+        rows = [np.concatenate(list(row), axis=1) for row in (images[:8], images[8:])]
+        np.testing.assert_array_equal(np.asarray(picture), np.concatenate(rows))
+    assert len(page.pictures("Generated images, 32 px")) == 2  # large, and beside the reals
+
+
+def test_wide_pictures_are_reduced(tmp_path):
+    run = new_run(tmp_path, [256])
+    run.append("ledger.jsonl", tick(256, 100))
+    color = np.full((24, 256, 256, 3), (200, 40, 90), np.uint8)
+    save_grid(run, "r0256-000000100.png", color)
+    page = report(run)
+    strip, large = page.pictures("first latents")[0], page.pictures("Generated")[0]
+    assert (strip.size, strip.format) == ((1024, 128), "JPEG")
+    assert (large.size, large.format) == ((1024, 384), "JPEG")
+    np.testing.assert_allclose(np.asarray(strip).mean((0, 1)), (200, 40, 90), atol=3)
+
+
+# ---- Numbers
+
+
+def test_tables_show_the_last_row_of_each_metric(finished):
+    finished.append("metrics.jsonl", metric("swd", 32, value=7.25, floor=3.5, untrained=321.0, count=4321,
+                                            levels={"16": 6.5, "32": 8.0}))
+    finished.append("metrics.jsonl", metric("ms_ssim", 32, value=0.27, reals=0.31, count=900))
+    page = report(finished)
+    assert page.row("stage-32", "SWD")[1:] == ["7.25", "3.5", "321", "4,321"]
+    assert "16 px: 6.5, 32 px: 8" in page.row("stage-32", "SWD")[0]
+    assert page.row("stage-32", "MS-SSIM")[1:] == ["0.27", "0.31", "–", "900"]
+    assert page.row("stage-16", "SWD")[1:] == ["26", "2.5", "216", "5,000"]
+
+
+def test_a_metric_without_a_value_is_a_dash_with_its_reason(finished):
+    finished.append("metrics.jsonl", metric("ms_ssim", 8, reason="defined from 64 px up"))
+    row = report(finished).row("stage-8", "MS-SSIM")
+    assert row[1:4] == ["–", "–", "–"]
+    assert "defined from 64 px up" in row[0]
+
+
+def test_status_says_how_far_how_long_and_how_good(finished, tmp_path):
+    expected = "Finished: 700 images in 2 h; SWD 42 at 32 px, noise floor 2.5, untrained 232."
+    assert expected in report(finished).text
+
+
+def test_hours_are_those_of_every_session_and_not_of_the_nights_between(tmp_path):
+    run = new_run(tmp_path)
+    for begin, end, last in ((0.0, 3600.0, "tick"), (90_000.0, 93_600.0, "end"), (93_700.0, 99_999.0, "evaluation")):
+        run.append("ledger.jsonl", {"time": begin, "event": "start" if last != "evaluation" else "group", "gradine": "1",
+                                    "command": "c", "host": "h", "cores": 1, "versions": {}})
+        line = tick(4, 40) if last == "tick" else {"event": last, "error": None, "checkpoint": "r"}
+        run.append("ledger.jsonl", {**line, "time": end})
+    assert "Stopped at 40 of 700 images in 2 h." in report(run).text
+
+
+def test_table_of_stages_splits_the_wall_time(finished):
+    page = report(finished)
+    assert page.row("stages", "16 px") == ["16 px", "4", "1", "100", "100", "200", "3.33 min", "50", "75.0%", "15.0%", "7 s"]
+    assert page.row("stages", "4 px")[3:5] == ["0", "100"]  # nothing to fade from
+    assert "last session only" not in page.text
+
+
+def test_a_stage_resumed_inside_says_that_its_times_are_of_the_last_session(tmp_path):
+    run = new_run(tmp_path)
+    train(run, [4])
+    run.append("ledger.jsonl", tick(8, 260))
+    run.append("ledger.jsonl", {"time": 9000.0, "event": "resume", "images_seen": 200, "start": "r", "reason": "why"})
+    run.append("ledger.jsonl", tick(8, 220))
+    page = report(run)
+    assert page.row("stages", "8 px*")[5:7] == ["120", "–"]
+    assert "last session only" in page.text
+    assert "Stopped at 220 of 700 images" in page.text
+
+
+def test_metrics_and_samples_ahead_of_a_branch_are_left_out(finished):
+    finished.append("ledger.jsonl", {"time": 9000.0, "event": "resume", "images_seen": 300, "start": "r", "reason": "b"})
+    page = report(finished)
+    assert {"stage-4", "stage-8"} < set(page.tables)
+    assert not {"stage-16", "stage-32"} & set(page.tables)
+    assert len(page.pictures("first latents")) == 2
+
+
+def test_events_tell_what_went_wrong_in_the_order_it_did(tmp_path):
+    run = new_run(tmp_path)
+    train(run, [4])
+    for line in (tick(4, 100, skipped=[1.0, 0.0]), {**tick(8, 120, skipped=[1.0, 2.0]), "time": 9004.0},
+                 {"time": 9001.0, "event": "retry", "reason": "worker lost", "failures": 2},
+                 {"time": 9003.0, "event": "evaluation", "checkpoint": "r0004", "error": "no memory"},
+                 {"time": 9002.0, "event": "branch", "resolution": 8, "images_seen": 100, "superseded": "old"}):
+        run.append("ledger.jsonl", line)
+    rows = report(run).tables["events"][1:]
+    assert [row[1] for row in rows] == ["skipped updates", "retry", "branch", "evaluation failed", "skipped updates"]
+    assert "4 px: 1 of the discriminator, 0 of the generator" in rows[0][2]
+    assert "8 px: 0 of the discriminator, 2 of the generator" in rows[4][2]
+
+
+def test_rejected_files_are_counted_and_the_first_twenty_named(tmp_path):
+    run = new_run(tmp_path)
+    lines = [{"path": f"{i:03d}.png", "reason": f"torn at {i}"} for i in range(31)]
+    (tmp_path / "shards/rejected.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(run)
+    assert "the first 20 of 31" in page.text
+    assert page.tables["rejected"][1:] == [[f"{i:03d}.png", f"torn at {i}"] for i in range(20)]
+
+
+# ---- Runs that are not whole
+
+
+def nothing_yet(run: RunDir) -> None:
+    pass
+
+
+def killed_in_the_first_stage(run: RunDir) -> None:
+    train(run, [])
+    run.append("ledger.jsonl", tick(4, 20, images_per_s=None))
+    with (run.path / "ledger.jsonl").open("a") as ledger:
+        ledger.write('{"time": 1, "event": "ti')
+
+
+def no_metrics(run: RunDir) -> None:
+    train(run, [4, 8])
+    save_grid(run, "r0004-000000100.png", tiles(4))
+
+
+def no_samples(run: RunDir) -> None:
+    train(run, [4, 8])
+    run.append("metrics.jsonl", metric("swd", 4, value=1.0))
+
+
+def interrupted_evaluation(run: RunDir) -> None:
+    train(run, [4])
+    save_grid(run, "r0004-000000100.png", tiles(4))
+    (run.samples / "r0004-reals.png").write_bytes((run.samples / "r0004-000000100.png").read_bytes()[:60])
+    run.append("metrics.jsonl", metric("swd", 4, value=float("nan"), floor=0.0))
+
+
+def torn_samples(run: RunDir) -> None:
+    train(run, [4])
+    run.samples.mkdir()
+    (run.samples / "r0004-000000100.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+
+
+def figures_that_are_not_finite(run: RunDir) -> None:
+    train(run, [4])
+    for seen, value in ((120, float("nan")), (140, float("inf")), (160, None)):
+        run.append("ledger.jsonl", tick(8, seen, loss_d=value, penalty=value, images_per_s=value))
+
+
+@pytest.mark.parametrize("state", [nothing_yet, killed_in_the_first_stage, no_metrics, no_samples, torn_samples,
+                                   interrupted_evaluation, figures_that_are_not_finite], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("resolutions", [(4, 8, 16, 32), (4,)], ids=["four-stages", "one-stage"])
+@pytest.mark.filterwarnings("error")
+def test_a_run_that_is_not_whole_leaves_a_clean_page(tmp_path, state, resolutions):
+    run = new_run(tmp_path, resolutions)
+    state(run)
+    page = report(run)
+    assert "flowers" in page.text
+    assert "Settings" in page.text
+    assert not re.search(r"\b(None|nan|undefined|Traceback)\b", re.sub(r"SWD nan|\bnan\b(?= )", "", page.text))
+    assert all(0 < picture.width <= 1024 for picture in page.pictures(""))
+
+
+def test_a_folder_that_is_no_run_is_a_users_error(tmp_path):
+    with pytest.raises(UserError, match=r"has no config\.yaml"):
+        write_report(RunDir(tmp_path))
+
+
+# ---- Curves
+
+
+def test_curves_follow_the_page_colors_and_name_the_stages(finished):
+    page = report(finished)
+    drawings = re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)
+    assert len(drawings) == 5  # losses, scores, penalty, speed, SWD
+    assert not [color for svg in drawings for color in re.findall(r"#[0-9a-f]{6}\b", svg) if f'"{color}' not in svg]
+    for label in ("4 px", "8 px", "16 px", "32 px"):
+        assert label in drawings[0]
+
+
+def test_ten_thousand_ticks_make_a_small_page(tmp_path):
+    run = new_run(tmp_path, [4])
+    with (run.path / "ledger.jsonl").open("w") as ledger:
+        ledger.writelines(json.dumps(tick(4, 1 + i, loss_d=float(i % 7))) + "\n" for i in range(10_000))
+    assert write_report(run).stat().st_size < 400_000
