@@ -35,7 +35,7 @@ def require(condition: bool, message: str) -> None:
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
-    require(value in allowed, f"{name}={value!r} is unknown{_hint(value, allowed)}. Use one of: {', '.join(allowed)}.")
+    require(value in allowed, f"{name}={value!r} is unknown{_hint(value, allowed)} Use one of: {', '.join(allowed)}.")
 
 
 def is_power_of_two(number: int) -> bool:
@@ -191,6 +191,8 @@ class Run:
         sizes = [stage.resolution for stage in self.stages]
         doubled = [sizes[0] * 2**i for i in range(len(sizes))]
         require(sizes == doubled, f"stages have resolutions {sizes}: each must double the one before, e.g. {doubled}.")
+        require(self.stages[0].hold_images > 0, f"stage {sizes[0]}px: hold_images=0 leaves it nothing to train on, the "
+                                                "first stage has no fade. Use hold_images above 0.")
         final, base = sizes[-1], self.network.fmap_base
         require(base >= final // 2, f"network.fmap_base={base} leaves layers at {final}px without a channel. "
                                     f"Use at least {final // 2}.")
@@ -232,15 +234,14 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     Raises UserError in one line for an unreadable file, an unknown key, a wrong type, bound or combination.
     """
     raw = _read_yaml(find_recipe(recipe))
-    presets = raw.pop("presets", None) or {}
+    presets = raw.pop("presets", None)
     pairs = [_split(text) for text in overrides]
-    preset = dict(pairs).get("preset", raw.get("preset") or "")
-    if preset:
-        one_of("preset", str(preset), presets)
-        for path, value in presets[preset].items():
-            _assign(raw, path, value)
+    # a run's own config.yaml has no `presets`: its `preset` tells what was applied when it was written
+    preset = dict(pairs).get("preset", raw.get("preset") if presets else None)
+    for path, value in _preset_changes(presets, str(preset)).items() if preset else ():
+        assign(raw, path, value)
     for path, value in pairs:
-        _assign(raw, path, value)
+        assign(raw, path, value)
     _refuse_unknown_keys(raw, Run, "")
     return from_dict(raw)
 
@@ -250,12 +251,15 @@ def from_dict(raw: dict[str, Any]) -> Run:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Run), raw)
         missing = sorted(OmegaConf.missing_keys(merged))
-        require(not missing, f"{', '.join(missing)} must be set: in the YAML file, or as {(missing or ['x'])[0]}=VALUE.")
+        require(not missing, f"{', '.join(missing)} must be set: in the YAML file, or as {''.join(missing[:1])}=VALUE.")
         return typing.cast(Run, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         hint = " Write whole numbers as 100_000, not 1e5." if "Integer" in reason else ""
-        raise UserError(f"{error.full_key or 'the configuration'}: {reason}.{hint}") from error
+        where = error.full_key or "the configuration"
+        if error.object_type is Stage and error.parent_node is not None:  # list items do not know their index
+            where = f"stage {OmegaConf.to_container(error.parent_node)['resolution']}px: {where}"  # type: ignore[index, call-overload]
+        raise UserError(f"{where}: {reason}.{hint}") from error
 
 
 def as_dict(run: Run) -> dict[str, Any]:
@@ -269,12 +273,9 @@ def dump(run: Run) -> str:
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': [1]}} -> {'a.b.0': 1}, to compare two configurations key by key."""
-    if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, list):
-        items = enumerate(tree)
-    else:
+    if not isinstance(tree, dict | list):
         return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     flat: dict[str, Any] = {}
     for key, value in items:
         flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
@@ -287,14 +288,23 @@ def find_recipe(recipe: str | Path) -> Path:
         return path
     bundled = {file.stem: file for file in RECIPES.glob("*.yaml")}
     require(str(recipe) in bundled, f"no configuration {str(recipe)!r}: neither a file nor a bundled recipe"
-                                    f"{_hint(str(recipe), bundled)}. Bundled: {', '.join(sorted(bundled))}.")
+                                    f"{_hint(str(recipe), bundled)} Bundled: {', '.join(sorted(bundled))}.")
     return bundled[str(recipe)]
+
+
+def _preset_changes(presets: Any, name: str) -> dict[str, Any]:
+    require(bool(presets), f"preset={name!r} is unknown: this configuration has no presets. Leave preset= out.")
+    require(isinstance(presets, dict), "presets must hold `name: {key.path: value}` lines.")
+    by_name = {str(key): changes or {} for key, changes in presets.items()}
+    one_of("preset", name, by_name)
+    require(isinstance(by_name[name], dict), f"presets.{name} must hold `key.path: value` lines.")
+    return by_name[name]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     require(isinstance(raw, dict), f"{path} must hold `key: value` lines, not a {type(raw).__name__}.")
     return typing.cast(dict[str, Any], raw)
@@ -305,27 +315,28 @@ def _split(text: str) -> tuple[str, Any]:
     require(bool(equals and path), f"override {text!r} is not of the form key.path=value, e.g. training.seed=1.")
     try:
         return path, OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]  # type: ignore[index]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"override {text!r}: the value is not valid YAML.") from error
 
 
-def _assign(raw: Any, path: str, value: Any) -> None:
-    """Sets `path` in nested dicts and lists; a `*` stands for every item of a list."""
+def assign(raw: Any, path: str, value: Any, above: str = "") -> None:
+    """Sets `path` in nested dicts and lists; a `*` stands for every item of a list. `above`: where `raw` lies."""
     head, _, rest = path.partition(".")
+    here = f"{above}{head}."
     if isinstance(raw, list):
         require(head == "*" or (head.isdigit() and int(head) < len(raw)),
-                f"override {path}: no item {head!r} in a list of {len(raw)}. Use 0 to {len(raw) - 1}, or *.")
+                f"override {above}{path}: no item {head!r} in a list of {len(raw)}. Use 0 to {len(raw) - 1}, or *.")
         for index in range(len(raw)) if head == "*" else [int(head)]:
             if rest:
-                _assign(raw[index], rest, value)
+                assign(raw[index], rest, value, here)
             else:
                 raw[index] = value
     else:
-        require(isinstance(raw, dict), f"override {path}: {head!r} lies below a plain value.")
+        require(isinstance(raw, dict), f"override {above}{path}: {head!r} lies below a plain value.")
         if rest:
             if raw.get(head) is None:
                 raw[head] = {}
-            _assign(raw[head], rest, value)
+            assign(raw[head], rest, value, here)
         else:
             raw[head] = value
 
@@ -336,15 +347,17 @@ def _refuse_unknown_keys(raw: Any, schema: Any, prefix: str) -> None:
     if not isinstance(raw, dict):
         raise UserError(f"{prefix.rstrip('.')} must hold `key: value` lines with keys: {', '.join(known)}.")
     for key, value in raw.items():
-        require(key in known, f"{prefix}{key} is not a setting{_hint(str(key), known)}. Known: {', '.join(known)}.")
+        require(key in known, f"{prefix}{key} is not a setting{_hint(str(key), known)} Known: {', '.join(known)}.")
         kind = kinds[key]
         if is_dataclass(kind) and value is not None:
             _refuse_unknown_keys(value, kind, f"{prefix}{key}.")
-        elif typing.get_origin(kind) is list and isinstance(value, list):
+        elif typing.get_origin(kind) is list:
+            if not isinstance(value, list):
+                raise UserError(f"{prefix}{key}={value!r} must be a list, one item per line after a `-`.")
             for index, item in enumerate(value):
                 _refuse_unknown_keys(item, typing.get_args(kind)[0], f"{prefix}{key}.{index}.")
 
 
 def _hint(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -15,19 +15,20 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
                   help="Train progressively grown GANs from a folder of images. A kimg is 1,000 real images shown.")
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a bundled recipe such as `demo`.")]
-Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
-                                                      help="Settings that override the file's, e.g. stages.*.workers=2.")]
+Settings = Annotated[list[str] | None, typer.Argument(
+    metavar="[KEY=VALUE]...", help="Settings that override the file's, e.g. stages.*.workers=2.")]
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/demo.")]
 
 
 @app.command()
 def run(config: Config, settings: Settings = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, like `gradine plan`.")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, like `gradine plan`.")] = False,
         ) -> None:
     """Shard if needed, train, evaluate, report. The same command again resumes."""
     if dry_run:
-        return plan(config, settings)
-    _train(config, settings, shard_if_needed=True)
+        plan(config, settings)
+    else:
+        _train(config, settings, shard_if_needed=True)
 
 
 @app.command()

@@ -61,7 +61,7 @@ def worker_environment(threads: int) -> dict[str, Any]:
     # A cluster job brings its own working directory; only a Ray on this machine can use this machine's path.
     import ray
 
-    if ray.get_runtime_context().runtime_env.get("working_dir"):
+    if ray.is_initialized() and ray.get_runtime_context().runtime_env.get("working_dir"):
         del environment["PYTHONPATH"]
     return {"env_vars": environment}
 
@@ -115,12 +115,13 @@ class Group:
                                                   * setting.workers, strategy="PACK")
         if not self.placement.wait(run.ray.group_timeout_s):
             ray.util.remove_placement_group(self.placement)
-            raise EnvironmentFault(f"stage {setting.resolution}px: {setting.workers} workers could not be placed within "
-                                   f"ray.group_timeout_s={run.ray.group_timeout_s:g}. Is the cluster busy?")
+            raise EnvironmentFault(f"stage {setting.resolution}px: {setting.workers} workers could not be placed "
+                                   f"within ray.group_timeout_s={run.ray.group_timeout_s:g}. Is the cluster busy?")
         actor = ray.remote(num_cpus=setting.cpus, num_gpus=setting.gpus, max_restarts=0)(Worker)
         environment = worker_environment(setting.threads)
-        self.workers = [actor.options(scheduling_strategy=Placed(self.placement, index), runtime_env=environment).remote()
-                        for index in range(setting.workers)]
+        self.workers = [
+            actor.options(scheduling_strategy=Placed(self.placement, index), runtime_env=environment).remote()
+            for index in range(setting.workers)]
         addresses = ray.get([worker.address.remote() for worker in self.workers])
         hosts = [host for host, _ in addresses]
         ray.get([worker.join.remote(rank, hosts[:rank].count(hosts[rank]), setting.workers, addresses[0])

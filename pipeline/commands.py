@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from gradine.configs.schema import Cluster, Data, Run, UserError, is_power_of_two, load, require
+from gradine.configs.schema import Cluster, Data, Run, Stage, UserError, is_power_of_two, load, require
 from gradine.pipeline import plan as planning
 from gradine.pipeline.cluster import connected
 from gradine.pipeline.display import duration
-from gradine.pipeline.driver import run_folder, settle
+from gradine.pipeline.driver import evaluation_line, run_folder, settle
+from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir
 from gradine.stages import checkpoint
 
 
 def print_plan(run: Run) -> None:
     """The stages as a table, then where training would go on and why. Writes nothing."""
-    console = Console(highlight=False)
     folder = run_folder(run)
     run, plan = settle(run, folder)
-    rows = planning.table(run, plan, measured_rates(folder.history()))
-    shown = Table(title=f"{run.name}: {run.final_resolution}px in {folder.path}", title_justify="left")
-    for heading in ("px", "fade kimg", "hold kimg", "batch", "lr", "workers (most)", "micro-batch x threads", "GB/worker",
-                    "time", "state"):
-        shown.add_column(heading, justify="right", no_wrap=heading == "px")
-    for row in rows:
+    sizes = f"{run.stages[0].resolution} to {run.final_resolution}px" if len(run.stages) > 1 else f"{run.final_resolution}px"
+    print(f"{run.name}: {sizes} in {folder.path}\n")
+    print("   px  fade  hold kimg  batch    rate  workers  micro  threads     GB           time  state")
+    for row in planning.table(run, plan, measured_rates(folder.history())):
         guess = "" if row["measured"] or not row["left"] else "~"
-        shown.add_row(str(row["resolution"]), f"{row['fade_images'] / 1000:g}", f"{row['hold_images'] / 1000:g}",
-                      str(row["batch_size"]), f"{row['learning_rate']:g}", f"{row['workers']} ({row['most_workers']})",
-                      f"{row['micro_batch']} x {row['threads']} {row['device']}", f"~{row['memory_gb']:.2f}",
-                      f"{guess}{duration(row['hours'] * 3600)}", row["state"])
-    console.print(shown)
-    console.print(f"resume: from {plan.start.name if plan.start else 'nothing'} ({plan.reason})")
-    groups = 1 + sum(not planning.same_group(a, b) for a, b in zip(run.stages, run.stages[1:], strict=False))
+        print(f"{row['resolution']:>5}{row['fade_images'] / 1000:>6g}{row['hold_images'] / 1000:>11g}"
+              f"{row['batch_size']:>7}{row['learning_rate']:>8g}{row['workers']:>5} of {row['most_workers']:<3}"
+              f"{row['micro_batch']:>4}{row['threads']:>5} {row['device']}{row['memory_gb']:>7.2g}"
+              f"{guess + duration(row['hours'] * 3600):>15}  {row['state']}")
+    groups = 1 + sum(not planning.same_group(a, b) for a, b in itertools.pairwise(run.stages))
     evaluation = run.evaluation
-    console.print(f"{groups} worker group(s); evaluation at each {evaluation.when}'s end on "
-                  f"{f'{evaluation.gpus:g} GPU' if evaluation.gpus else f'{evaluation.cpus:g} CPU, niced'}, "
-                  f"at most {evaluation.count:,} images")
-    console.print(f"~ guessed from {planning.ASSUMED_GMACS['cpu']:g} GMAC/s per core, {planning.ASSUMED_GMACS['gpu']:,.0f} "
-                  "per GPU; times of stages this run has trained are its own")
+    place = f"{evaluation.gpus:g} GPU" if evaluation.gpus else f"{evaluation.cpus:g} niced CPU"
+    print(f"""
+resume   from {plan.start.name if plan.start else 'nothing'} ({plan.reason})
+groups   {groups}: stages with equal workers, cpus, gpus and threads share one
+measure  {'after training' if evaluation.when == 'end' else f'at each {evaluation.when} end'} on {place}, at most \
+{evaluation.count:,} images
+workers  of at most one per minibatch-stddev group; micro: images per forward pass; GB: rough, per worker
+~        guessed from {planning.ASSUMED_GMACS['cpu']:g} GMAC/s per core, {planning.ASSUMED_GMACS['gpu']:,.0f} per GPU; \
+without ~ from this run's own speed""")
 
 
 def measured_rates(history: Iterable[dict[str, Any]]) -> dict[int, float]:
@@ -57,7 +56,6 @@ def measured_rates(history: Iterable[dict[str, Any]]) -> dict[int, float]:
 
 def shard_images(data: Data, resolution: int, address: str) -> None:
     """Shards on a Ray, with a progress bar and a summary."""
-    from gradine.configs.schema import Stage
     from gradine.pipeline.shards import locate, shard
 
     require(resolution >= 4 and is_power_of_two(resolution),
@@ -89,8 +87,6 @@ def chosen(path: Path, name: str) -> tuple[RunDir, Run, checkpoint.Checkpoint, d
 
 
 def evaluate_run(path: Path, name: str) -> None:
-    from gradine.pipeline.driver import evaluation_line
-    from gradine.pipeline.report import write_report
     from gradine.stages.evaluate import evaluate
 
     folder, run, of, _ = chosen(path, name)

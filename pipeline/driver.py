@@ -18,6 +18,7 @@ from gradine.configs.schema import EnvironmentFault, Run, UserError, dump, load
 from gradine.pipeline import plan as planning
 from gradine.pipeline.cluster import Group, connected, refuse_unplaceable, worker_environment
 from gradine.pipeline.display import Display, duration
+from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir, write_atomic
 from gradine.stages import checkpoint, growth
 from gradine.stages.data import data_digest, level_folder
@@ -46,8 +47,12 @@ def settle(run: Run, folder: RunDir) -> tuple[Run, planning.Plan]:
                         "another name=.")
     run = planning.resolved(run, os.cpu_count() or 1, stored)
     branches = [str(line["resolution"]) for line in folder.lines("ledger.jsonl") if line["event"] == "branch"]
+    last_branch = branches[-1] if branches else None
+    if stored:
+        branching_at = int(run.resume) if planning.starts_branch(run, last_branch) else None
+        planning.refuse_changes(run, stored, branching_at)
     while True:
-        plan = planning.make_plan(run, found, branches[-1] if branches else None)
+        plan = planning.make_plan(run, found, last_branch)
         if plan.start is None:
             break
         try:
@@ -56,8 +61,6 @@ def settle(run: Run, folder: RunDir) -> tuple[Run, planning.Plan]:
         except checkpoint.Damaged as error:
             damaged.append(str(error))
             found.remove(plan.start)
-    if stored:
-        planning.refuse_changes(run, stored, plan.branch)
     if damaged:
             plan = replace(plan, reason=plan.reason + "".join(f"; passed over: {line}" for line in damaged))
     return run, plan
@@ -80,7 +83,6 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None) -> Ru
             session.train(plan)
             session.finish()
             folder.record("end", seconds=round(time.monotonic() - started, 1))
-        from gradine.pipeline.report import write_report
         report = write_report(folder)
         shown.say(f"report: {report}", "bold green")
     return folder
@@ -96,10 +98,10 @@ def open_run(run: Run, folder: RunDir, plan: planning.Plan, shown: Display) -> N
         copy_initial(run, folder, shown)
     pin_data(run, folder)
     write_atomic(folder.config, dump(run).encode())
-    where = f"{plan.start.name}" if plan.start else "nothing"
+    where = plan.start.name if plan.start else "nothing"
     folder.record("resume", images_seen=plan.images_seen, start=plan.start.name if plan.start else None,
                   reason=plan.reason)
-    shown.say(f"resume: from {where} ({plan.reason})")
+    shown.say(f"resume: from {where} ({plan.reason}){'' if plan.stages else '; nothing is left to train'}")
 
 
 def supersede(folder: RunDir, plan: planning.Plan) -> None:

@@ -40,7 +40,7 @@ def make_plan(run: Run, found: Sequence[Checkpoint], last_branch: str | None = N
             raise UserError(f"resume=fresh wants an empty run folder, this one has {len(found)} checkpoints, the newest "
                             f"{found[-1].name}. Use resume=auto to go on, or another name=.")
         return _plan(run, schedule, None, "fresh start, as asked")
-    if run.resume == "auto" or (run.resume == last_branch and run.branch == "continue"):
+    if not starts_branch(run, last_branch):
         if not found:
             return _plan(run, schedule, None, "no checkpoint yet")
         return _plan(run, schedule, found[-1], f"newest of {len(found)} checkpoints")
@@ -55,6 +55,11 @@ def make_plan(run: Run, found: Sequence[Checkpoint], last_branch: str | None = N
     later = tuple(c for c in found if c.images_seen > boundary)
     plan = _plan(run, schedule, starts[0], f"branch at {run.resume}px, leaving {len(later)} later checkpoints")
     return replace(plan, superseded=later, branch=int(run.resume))
+
+
+def starts_branch(run: Run, last_branch: str | None) -> bool:
+    """Whether `run` leaves what was trained from a resolution on; given again, it goes on with that branch."""
+    return run.resume not in ("auto", "fresh") and (run.resume != last_branch or run.branch == "new")
 
 
 def _plan(run: Run, schedule: growth.Schedule, start: Checkpoint | None, reason: str) -> Plan:

@@ -125,7 +125,7 @@ def stage_result(run_dir: RunDir, resolution: int, span: tuple[int, int]) -> Res
     if seen is None or grid is None:
         return Result(resolution, metrics) if metrics else None
     reals = _open(run_dir.samples / f"r{resolution:04d}-reals.png")
-    tiles = min(COLUMNS, grid.width // resolution)
+    tiles = min(COLUMNS, max(1, grid.width // resolution))
     strip = grid.crop((0, 0, tiles * resolution, resolution))
     fakes, beside = (image and embed(_top(image, PAIR_ROWS * resolution), PAIR_PX) for image in (grid, reals))
     return Result(resolution, metrics, files[seen], seen, fakes, beside, embed(strip, LARGE_PX), tiles)
@@ -293,7 +293,7 @@ def _mark_stages(axes: Axes, plan: growth.Schedule, reached: int) -> None:
         start, end = plan.stage_span(index)
         if start < reached:
             axes.axvline(start, color=MUTED, linewidth=0.7)
-        if (min(end, reached) - start) > 0.07 * reached:
+        if (min(end, reached) - start) > 0.06 * reached:
             resolution = next(phase.resolution for phase in plan.phases if phase.stage == index)
             axes.text((start + min(end, reached)) / 2, 1.03, f"{resolution} px", transform=above, ha="center",
                       fontsize=9, color=MUTED)
@@ -372,7 +372,11 @@ def _template() -> jinja2.Template:
 
 def figure_text(value: float | None) -> str:
     """Four significant digits; a dash for None."""
-    return DASH if value is None else f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    if value is None:
+        return DASH
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def count(value: int | None) -> str:
@@ -384,7 +388,7 @@ def percent(share: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    if seconds is None or not math.isfinite(seconds):
+    if seconds is None:
         return DASH
     size, unit = next((pair for pair in ((3600, "h"), (60, "min")) if seconds >= pair[0]), (1, "s"))
     return f"{seconds / size:.3g} {unit}"

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gradine.configs.schema import RECIPES, Data, UserError, require
 from gradine.pipeline.run_dir import write_atomic
@@ -66,7 +66,7 @@ def list_source(source: Path, labels: str) -> tuple[list[Entry], list[str], int]
             files = [(info.filename, info.file_size) for info in archive.infolist() if not info.is_dir()]
     elif tarfile.is_tarfile(source):
         with tarfile.open(source) as tar:
-            files = [(member.name, member.size) for member in tar if member.isfile()]
+            files = list({member.name: member.size for member in tar if member.isfile()}.items())  # the last one counts
     else:
         raise UserError(f"data.source={str(source)!r} is neither a folder nor a zip or tar. Give one of these.")
     hidden = [f for f in files if any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(f[0]).parts)]
@@ -91,18 +91,21 @@ def read_entries(source: Path, entries: list[Entry]) -> Iterator[tuple[Entry, Ca
             for entry in entries:
                 yield entry, lambda entry=entry: archive.read(entry.path)
     else:
-        wanted = {entry.path: entry for entry in entries}
-        with tarfile.open(source) as tar:
-            for member in tar:
-                if entry := wanted.get(member.name):
-                    yield entry, lambda member=member: tar.extractfile(member).read()  # type: ignore[union-attr]
+        with tarfile.open(source) as tar:  # in any order; a compressed tar is unpacked again for each step back
+            members = {member.name: member for member in tar}
+            for entry in entries:
+                yield entry, lambda entry=entry: tar.extractfile(members[entry.path]).read()  # type: ignore[union-attr]
 
 
 def open_image(content: bytes, resolution: int, crop: str, max_pixels: int) -> np.ndarray:
     """Encoded image -> float32 [R, R, 3] in 0..255: upright, RGB, centre square, box-reduced. Raises Rejected."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata: the pixels are what counts
-        with Image.open(io.BytesIO(content)) as opened:
+        try:
+            opened = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:  # its own words name an object in memory, other ones every time
+            raise Rejected("no image, or of a kind that Pillow does not read") from None
+        with opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise Rejected(f"{width}x{height} is more than data.max_pixels={max_pixels}")
@@ -116,9 +119,21 @@ def open_image(content: bytes, resolution: int, crop: str, max_pixels: int) -> n
     image = image.crop((left, top, left + side, top + side))
     if side == resolution:
         return np.asarray(image, np.float32)
-    bands = [Image.fromarray(np.asarray(band, np.float32)).resize((resolution, resolution), Image.Resampling.BOX)
-             for band in image.split()]
-    return np.stack([np.asarray(band) for band in bands], axis=2)
+    bands = [span_means(span_means(np.asarray(band), resolution).T, resolution).T for band in image.split()]
+    return np.stack(bands, axis=2).astype(np.float32)
+
+
+def span_means(rows: np.ndarray, count: int) -> np.ndarray:
+    """[n, m] -> float64 [count, m]: means over `count` equal spans of the rows; a row that a span cuts counts in part.
+
+    Pillow's BOX counts it wholly or not at all: up to 100 grey levels off where n is no multiple of `count`.
+    """
+    ends = np.arange(count + 1) * len(rows) / count
+    whole = ends.astype(int)
+    sums = np.zeros((len(rows) + 1, rows.shape[1]), np.result_type(rows, np.uint32))
+    np.cumsum(rows, axis=0, out=sums[1:])
+    cut = (ends - whole)[:, None] * rows[np.minimum(whole, len(rows) - 1)]
+    return np.diff(sums[whole] + cut, axis=0) * (count / len(rows))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -202,8 +217,8 @@ def shard(data: Data, resolution: int, progress: Callable[[int, int], None] = la
                  "labels": classes, "shard_images": data.shard_images}
     _refuse_other_shards(out, made_from)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "sources.jsonl", "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode())
-    write_atomic(out / "source.json", json.dumps({**made_from, "source": data.source}, indent=1).encode())
+    _write(out / "source.json", json.dumps({**made_from, "source": data.source}, indent=1).encode())
+    _write(out / "sources.jsonl", "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode())
     slices = [entries[i:i + data.shard_images] for i in range(0, len(entries), data.shard_images)]
     parts = {n: part for n in range(len(slices)) if (part := _finished_part(out, n))}
     missing = [n for n in range(len(slices)) if n not in parts]
@@ -213,14 +228,14 @@ def shard(data: Data, resolution: int, progress: Callable[[int, int], None] = la
         progress(len(parts), len(slices))
     ordered = [parts[n] for n in sorted(parts)]
     rejected = [line for part in ordered for line in part["rejected"]]
-    write_atomic(out / "rejected.jsonl", "".join(json.dumps(line) + "\n" for line in rejected).encode())
+    _write(out / "rejected.jsonl", "".join(json.dumps(line) + "\n" for line in rejected).encode())
     _refuse_torn_set(rejected, len(entries), data, out)
     content = hashlib.sha256("".join(part["content"] for part in ordered).encode()).hexdigest()
     for size in resolutions(resolution):
         made = [part["levels"][str(size)] for part in ordered if part["images"]]
         index = {"schema": 1, "resolution": size, "channels": 3, "images": sum(s["images"] for s in made),
                  "labels": classes, "filter": "box", "encoding": "png", "source": content, "shards": made}
-        write_atomic(out / f"r{size:04d}" / "index.json", json.dumps(index, indent=1).encode())
+        _write(out / f"r{size:04d}" / "index.json", json.dumps(index, indent=1).encode())
     return {"images": len(entries) - len(rejected), "rejected": len(rejected), "ignored": ignored,
             "classes": len(classes), "shards": len(slices), "made": len(missing),
             "bytes": sum(level["bytes"] for part in ordered for level in part["levels"].values())}
@@ -254,9 +269,16 @@ def _finished_part(out: Path, number: int) -> dict[str, Any] | None:
     return part if whole else None
 
 
+def _write(path: Path, content: bytes) -> None:
+    """Leaves a file that says so already as it is: a second run changes nothing, and needs no right to write."""
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomic(path, content)
+
+
 def _refuse_other_shards(out: Path, wanted: dict[str, Any]) -> None:
+    require(out.is_dir() or not out.exists(), f"data.shards={str(out)!r} is a file. Give a folder, new or empty.")
     if not (out / "source.json").is_file():
-        strangers = [p.name for p in out.iterdir()] if out.is_dir() else []
+        strangers = [p.name for p in out.iterdir() if p.suffix != ".partial"] if out.is_dir() else []
         require(not strangers, f"data.shards={str(out)!r} holds other files ({', '.join(sorted(strangers)[:3])}) and no "
                                "source.json. Give an empty or new folder.")
         return

@@ -29,6 +29,7 @@ SCHEMA = 1
 MANIFEST = "MANIFEST.json"
 NETWORKS = ("generator", "discriminator", "average")
 PARTIAL = ".partial-"  # prefix of a folder still being written
+SET_ASIDE = ".damaged-"  # in the name of a folder that a valid checkpoint took the place of
 
 
 class Damaged(ValueError):
@@ -91,7 +92,8 @@ def commit(folder: Path, final: Path, files: dict[str, bytes]) -> Path:
         _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         _sync_folder(partial)
         if final.exists():  # only a damaged one can be met here: a valid one would have been resumed from
-            final.rename(next(p for n in range(10**6) if not (p := final.with_name(f"{final.name}.damaged-{n}")).exists()))
+            asides = (final.with_name(f"{final.name}{SET_ASIDE}{n}") for n in range(10**6))
+            final.rename(next(path for path in asides if not path.exists()))
         partial.rename(final)
         _sync_folder(folder)
     except BaseException:
@@ -147,7 +149,7 @@ def describe(path: Path) -> Checkpoint:
 def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
     """Checkpoints by images seen, and a line for each folder that is none."""
     found, damaged = [], []
-    for path in sorted(folder.glob("r[0-9]*")) if folder.is_dir() else []:
+    for path in sorted(p for p in folder.glob("r[0-9]*") if SET_ASIDE not in p.name):
         try:
             found.append(describe(path))
         except Damaged as error:

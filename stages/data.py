@@ -13,6 +13,7 @@ import io
 import json
 import os
 import queue
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gradine.configs.schema import Data, Run, UserError
+from gradine.configs.schema import Data, EnvironmentFault, Run, UserError
 from gradine.stages import growth
 from gradine.stages.step import Share
 
@@ -39,14 +40,19 @@ def level_folder(shards: str | Path, resolution: int) -> Path:
 
 
 def read_index(shards: str | Path, resolution: int) -> dict[str, Any]:
-    """The index of one level; UserError where the level was never made."""
+    """The index of one level; UserError where the level was never made or the index contradicts itself."""
     path = level_folder(shards, resolution) / "index.json"
     try:
-        return json.loads(path.read_text())
+        index = json.loads(path.read_text())
+        images = sum(s["images"] for s in index["shards"] if s["file"] and s["bytes"] and s["sha256"])
+        if (index["resolution"], index["images"]) != (resolution, images) or not images:
+            raise ValueError(f"{index['images']} images of {index['resolution']}px in all, {images} in its shards")
+        return index
     except FileNotFoundError:
         raise UserError(f"shards {shards} have no {resolution}px level. Make it: gradine shard SOURCE {shards}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Delete it and run gradine shard again.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no valid index ({type(error).__name__}: {error}). "
+                        "Delete it and run gradine shard again.") from error
 
 
 def data_digest(shards: str | Path, resolution: int) -> str:
@@ -163,13 +169,27 @@ class Images:
         with (folder / f"{path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.is_file() or path.stat().st_size != int(np.prod(shape)):
-                building = path.with_suffix(f".{os.getpid()}.tmp")
-                pixels = np.memmap(building, np.uint8, "w+", shape=shape)
+                building = path.with_suffix(".tmp")  # one name: a killed process leaves at most this one
+                _allocate(building, int(np.prod(shape)))
+                pixels = np.memmap(building, np.uint8, "r+", shape=shape)
                 for sample in range(len(self)):
                     pixels[sample] = self._decode(sample)
                 pixels.flush()
                 building.rename(path)
         self._pixels = np.memmap(path, np.uint8, "r", shape=shape)
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Makes a file whose every byte has its place on the disk: writing to a mapping with none ends the process."""
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        path.unlink(missing_ok=True)
+        raise EnvironmentFault(f"image cache {path} could not be made: {error.strerror}. It needs {size:,} bytes, "
+                               f"{free:,} are free. Set data.cache_dir to another disk, or data.cache_gb=0 to do "
+                               "without.") from error
 
 
 def draw(run: Run, purpose: str, images_seen: int, *shape: int, uniform: bool = False) -> torch.Tensor:

@@ -85,7 +85,7 @@ class SlicedWasserstein(Metric):
         for first in range(0, len(images), 64):
             chunk = slice(first, first + 64)
             level = laplacian_level(torch.stack(images[chunk]).cpu().float(), side).numpy()
-            windows = sliding_window_view(level, (size, size), axis=(2, 3))  # type: ignore[call-overload]
+            windows = sliding_window_view(level, (size, size), axis=(2, 3))
             patches[chunk] = windows[np.arange(len(level))[:, None], :, corners[chunk, :, 0], corners[chunk, :, 1]]
         descriptors = torch.from_numpy(patches).flatten(0, 1).flatten(2)
         deviation, mean = torch.std_mean(descriptors, dim=(0, 2), correction=0, keepdim=True)

@@ -1,0 +1,35 @@
+# Targets make .venv themselves and reuse it while pyproject.toml and constraints-cpu.txt stay as they are.
+PYTHON ?= python3
+RUN := .venv/bin/python -m
+
+.PHONY: demo test test-all lint bench clean system-tools
+
+.venv/ready: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/ready  ## eight minutes on two cores: landscapes that did not exist, in runs/demo/report.html
+	$(RUN) gradine.pipeline run demo
+
+test: .venv/ready  ## under 12 minutes on two cores
+	$(RUN) pytest -q -m "not slow and not fault"
+
+test-all: .venv/ready system-tools  ## the slow and the fault tests
+	$(RUN) pytest -q -m "slow or fault"
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+bench: .venv/ready  ## ratios, not seconds: machines are shared
+	$(RUN) tests.bench.overhead
+
+system-tools:  # what fault tests inject with; they skip with the reason where this cannot install them
+	@command -v strace ip faketime >/dev/null && command -v ip >/dev/null && command -v faketime >/dev/null \
+	  || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	       && apt-get update -qq && apt-get install -qq -y strace iproute2 faketime; } \
+	  || echo "strace, iproute2 or faketime missing: install them to run every fault test"
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

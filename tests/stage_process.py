@@ -1,0 +1,28 @@
+"""Trains a run stage after stage without Ray, as one rank of torchrun's environment; prints rank 0's events.
+
+    python stage_process.py CONFIG.yaml OUT        goes on from the newest checkpoint in OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from gradine.configs.schema import load
+from gradine.pipeline.plan import make_plan
+from gradine.stages import checkpoint
+from gradine.stages.loop import run_stage
+
+
+def main(config: str, out: str) -> None:
+    run = load(config)
+    for stage in make_plan(run, checkpoint.find(Path(out) / "checkpoints")[0]).stages:
+        # every rank reads the same start: nothing is written between a stage's last checkpoint and here
+        start = make_plan(run, checkpoint.find(Path(out) / "checkpoints")[0]).start
+        for event in run_stage(run, stage, start.path if start else None, out):
+            print(json.dumps(event), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
