@@ -150,7 +150,7 @@ def pin_data(run: Run, folder: RunDir) -> None:
 
 def make_shards(run: Run, folder: RunDir, shown: Display) -> None:
     """Shards what is missing; without its source, a finished set is used as it is."""
-    from gradine.pipeline.shards import locate, shard
+    from gradine.pipeline.shards import locate, shard, top_level
 
     whole = all((level_folder(run.data.shards, s.resolution) / "index.json").is_file() for s in run.stages)
     began = time.monotonic()
@@ -165,7 +165,8 @@ def make_shards(run: Run, folder: RunDir, shown: Display) -> None:
         if done and (done == total or not done % max(1, total // 10)):
             shown.say(f"shards: {done} of {total}")
 
-    summary = shard(run.data, run.final_resolution, progress)
+    # levels above the run's own do no harm: a set made to 1024 px serves a run to 64
+    summary = shard(run.data, max(run.final_resolution, top_level(run.data.shards)), progress)
     folder.record("shards", **summary, seconds=round(time.monotonic() - began, 1))
     shown.say(f"shards: {summary['images']:,} images, {summary['rejected']} rejected, {summary['ignored']} other files "
               f"ignored, {summary['classes']} classes, {summary['bytes'] / 1e6:.1f} MB in {run.data.shards}")

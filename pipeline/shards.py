@@ -241,6 +241,12 @@ def shard(data: Data, resolution: int, progress: Callable[[int, int], None] = la
             "bytes": sum(level["bytes"] for part in ordered for level in part["levels"].values())}
 
 
+def top_level(shards: str) -> int:
+    """Resolution that existing shards were made to; 0 where there are none."""
+    path = Path(shards) / "source.json"
+    return json.loads(path.read_text())["resolution"] if path.is_file() else 0
+
+
 def _over_ray(source: Path, slices: list[list[Entry]], missing: list[int], out: Path, data: Data,
               resolution: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, part) of each missing slice as its task ends; a few tasks per CPU are in flight, so memory is bounded."""

@@ -91,7 +91,7 @@ class SeedBlock(nn.Module):
         self.conv = EqualizedConv(width, width, 3)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.dense(latents).view(len(latents), -1, 4, 4)
+        x = self.dense(latents).unflatten(1, (-1, 4, 4))
         x = pixel_norm(F.leaky_relu(x, 0.2))
         return pixel_norm(F.leaky_relu(self.conv(x), 0.2))
 

@@ -63,15 +63,12 @@ def shards(image_folder: Path, ray_cluster: Any, tmp_path_factory: pytest.TempPa
     return out
 
 
-@pytest.fixture
-def tiny_run(shards: Path, image_folder: Path, tmp_path: Path) -> Callable[..., Run]:
-    """A run of two stages, 4 and 8 px, three phases of 80 images; overrides by dotted keys, e.g. {"stages.0.workers": 2}."""
-
+def run_maker(shards: Path, image_folder: Path, folder: Path) -> Callable[..., Run]:
     def make(changes: dict[str, Any] | None = None, stages: int = 2) -> Run:
         raw: dict[str, Any] = {
-            "name": "tiny", "runs": str(tmp_path / "runs"),
+            "name": "tiny", "runs": str(folder / "runs"),
             "data": {"source": str(image_folder), "shards": str(shards), "shard_images": 16,
-                     "cache_dir": str(tmp_path / "cache")},
+                     "cache_dir": str(folder / "cache")},
             "network": {"latent_size": 8, "fmap_base": 64, "fmap_max": 8},
             "training": {"average_half_life": 100},
             "stages": [{"resolution": 4 * 2**n, "fade_images": 80, "hold_images": 80, "batch_size": 8, "threads": 1}
@@ -82,3 +79,15 @@ def tiny_run(shards: Path, image_folder: Path, tmp_path: Path) -> Callable[..., 
         return from_dict(raw)
 
     return make
+
+
+@pytest.fixture
+def tiny_run(shards: Path, image_folder: Path, tmp_path: Path) -> Callable[..., Run]:
+    """Makes a run of two stages, 4 and 8 px, three phases of 80 images; changes by dotted keys."""
+    return run_maker(shards, image_folder, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_run(shards: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Like `tiny_run`, for what a module does once."""
+    return run_maker(shards, image_folder, tmp_path_factory.mktemp("module"))

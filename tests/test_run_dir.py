@@ -45,7 +45,7 @@ def test_the_content_is_on_the_disk_before_it_has_its_name_and_the_name_after(
     sync, target = os.fsync, tmp_path / "file"
 
     def watched(descriptor: int) -> None:
-        seen.append((os.readlink(f"/proc/self/fd/{descriptor}"), target.exists()))
+        seen.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), target.exists()))
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", watched)
@@ -67,7 +67,8 @@ with RunDir(sys.argv[1]).locked():
 
 
 @pytest.mark.fault
-def test_a_lock_held_by_a_live_process_is_refused_naming_its_pid_and_free_at_once_when_it_is_killed(tmp_path: Path) -> None:
+def test_a_lock_held_by_a_live_process_is_refused_naming_its_pid_and_free_at_once_when_it_is_killed(
+        tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     with holder:
         assert holder.stdout

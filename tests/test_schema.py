@@ -72,11 +72,12 @@ def test_the_defaults_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("path", sorted(Path(schema.__file__).parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_bundled_recipe_loads_by_name_and_with_each_of_its_presets(path: Path) -> None:
-    run = load(path.stem)
-    assert run == load(path)
+    given = ["data.source=images"]  # only the demo images come along
+    run = load(path.stem, given)
+    assert run == load(path, given)
     assert run.stages[0].resolution == 4
     for preset in yaml.safe_load(path.read_text()).get("presets", {}):
-        assert load(path.stem, [f"preset={preset}"]).preset == str(preset)
+        assert load(path.stem, [*given, f"preset={preset}"]).preset == str(preset)
 
 
 def test_a_star_reaches_every_stage_and_an_index_reaches_one(recipe: Path) -> None:

@@ -1,13 +1,15 @@
-"""Claims about sharding: pixels against arithmetic by hand, tars against a plain WebDataset, errors as one would read them."""
+"""Claims about sharding: pixels against arithmetic by hand, tars as plain WebDataset reads them, errors as one reads them."""
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
 import shutil
 import struct
 import tarfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -49,7 +51,11 @@ def sharded(source: Path, out: Path, resolution: int = 8, **settings: Any) -> di
 
 def samples(tar: Path) -> list[dict[str, Any]]:
     """What plain WebDataset makes of a shard."""
-    return list(webdataset.WebDataset(str(tar), shardshuffle=False).decode("rgb8"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves the file for the collector to close
+        found = list(webdataset.WebDataset(str(tar), shardshuffle=False).decode("rgb8"))
+        gc.collect()
+    return found
 
 
 def level(out: Path, size: int) -> list[dict[str, Any]]:
@@ -104,7 +110,7 @@ def test_every_level_of_a_1024_px_image_is_the_plain_chain_of_two_by_two_means(t
             off = np.abs(sample["png"] - exact)
             assert (off <= 0.5).all()  # rounded; at exactly .5 either way will do
             chains[number] = (exact[::2, ::2] + exact[1::2, ::2] + exact[::2, 1::2] + exact[1::2, 1::2]) / 4
-    assert len(list((tmp_path / "out").glob("r*"))) == 9
+    assert len(list((tmp_path / "out").glob("r[0-9]*"))) == 9
 
 
 @pytest.mark.parametrize(("side", "resolution"), [(5, 4), (13, 8), (12, 4), (31, 16)])
@@ -113,7 +119,7 @@ def test_a_side_that_is_no_power_of_two_is_reduced_to_exact_area_means(side: int
     source, cell = np.asarray(image).tolist(), Fraction(side, resolution)
 
     def overlap(pixel: int, out: int) -> Fraction:
-        return max(Fraction(0), min(pixel + 1, (out + 1) * cell) - max(pixel, out * cell))
+        return max(Fraction(0), Fraction(min(pixel + 1, (out + 1) * cell) - max(pixel, out * cell)))
 
     spans = [[(p, w) for p in range(side) if (w := overlap(p, out))] for out in range(resolution)]
     expected = [[[float(sum(wy * wx * source[y][x][c] for y, wy in spans[row] for x, wx in spans[column]) / cell**2)
@@ -243,7 +249,8 @@ def test_a_second_run_makes_nothing_and_rewrites_nothing(eight: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("lost", ["r0004/000001.tar", "r0008/000001.tar", "parts/000001.json"])
-def test_after_a_loss_only_that_slice_is_made_and_its_bytes_are_the_same(eight: Path, tmp_path: Path, lost: str) -> None:
+def test_after_a_loss_only_that_slice_is_made_and_its_bytes_are_the_same(
+        eight: Path, tmp_path: Path, lost: str) -> None:
     sharded(eight, tmp_path)
     before, stamps = contents(tmp_path), mtimes(tmp_path)
     (tmp_path / lost).unlink()
@@ -295,7 +302,7 @@ def test_a_file_appended_to_a_tar_again_replaces_its_older_self(eight: Path, tmp
 def huge_header() -> bytes:
     """A PNG whose header claims 60,000 x 60,000 pixels, and which has none."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\1IDAT"
 
 
 BAD = {"03-cut.jpg": (encoded(noise(3, 64), "JPEG")[:700], "truncated"),
@@ -312,7 +319,8 @@ def torn(tmp_path: Path) -> Path:
     return folder_of(tmp_path / "torn", {**GOOD, **{name: content for name, (content, _) in BAD.items()}})
 
 
-def test_bad_images_are_set_aside_with_path_and_reason_and_the_others_keep_their_keys(torn: Path, tmp_path: Path) -> None:
+def test_bad_images_are_set_aside_with_path_and_reason_and_the_others_keep_their_keys(
+        torn: Path, tmp_path: Path) -> None:
     summary = sharded(torn, tmp_path / "out", crop="none", max_rejected_share=0.5)
     assert (summary["images"], summary["rejected"]) == (7, 6)
     lines = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
@@ -337,7 +345,8 @@ def test_too_many_pixels_are_refused_from_the_header_before_anything_is_decoded(
 def test_a_slice_without_one_good_image_leaves_no_empty_shard_in_the_index(tmp_path: Path) -> None:
     files = {f"{n}.png": b"junk" if n in (3, 4, 5) else encoded(noise(n, 8)) for n in range(7)}
     sharded(folder_of(tmp_path / "in", files), tmp_path / "out", max_rejected_share=0.5)
-    assert [(e["file"], e["images"]) for e in index(tmp_path / "out", 8)["shards"]] == [("000000.tar", 3), ("000002.tar", 1)]
+    listed = [(entry["file"], entry["images"]) for entry in index(tmp_path / "out", 8)["shards"]]
+    assert listed == [("000000.tar", 3), ("000002.tar", 1)]
 
 
 def test_above_the_allowed_share_it_stops_names_share_first_reason_and_way_out_and_writes_no_index(
@@ -369,7 +378,7 @@ def test_hidden_files_and_what_a_mac_leaves_in_a_zip_are_ignored(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("make", "parts"), [
-    (lambda path: None, ["does not exist", "folder, .zip or .tar"]),
+    (lambda _: None, ["does not exist", "folder, .zip or .tar"]),
     (lambda path: path.mkdir(), ["holds no image (0 other files)", ".png"]),
     (lambda path: folder_of(path, {"a.txt": b"", "b.csv": b""}), ["holds no image (2 other files)"]),
     (lambda path: path.write_bytes(b"7z\xbc\xaf\x27\x1c"), ["neither a folder nor a zip or tar"]),
