@@ -37,8 +37,9 @@ def connected(run: Run) -> Iterator[dict[str, float]]:
         return
     if address:
         try:
+            refuse_silence(address)
             ray.init(address=address, log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise EnvironmentFault(f"no Ray cluster at ray.address={address!r}: {' '.join(str(error).split())[:200]}. "
                                    "Start one, or leave ray.address empty for a Ray of our own.") from error
     else:
@@ -49,6 +50,13 @@ def connected(run: Run) -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def refuse_silence(address: str) -> None:
+    """OSError if nothing answers at host:port; Ray itself would try for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def worker_environment(threads: int) -> dict[str, Any]:

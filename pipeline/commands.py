@@ -16,6 +16,7 @@ from gradine.pipeline.display import duration
 from gradine.pipeline.driver import evaluation_line, run_folder, settle
 from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir
+from gradine.pipeline.shards import locate, shard
 from gradine.stages import checkpoint
 
 
@@ -23,8 +24,7 @@ def print_plan(run: Run) -> None:
     """The stages as a table, then where training would go on and why. Writes nothing."""
     folder = run_folder(run)
     run, plan = settle(run, folder)
-    sizes = f"{run.stages[0].resolution} to {run.final_resolution}px" if len(run.stages) > 1 else f"{run.final_resolution}px"
-    print(f"{run.name}: {sizes} in {folder.path}\n")
+    print(f"{run.name}: {run.stages[0].resolution} to {run.final_resolution}px in {folder.path}\n")
     print("   px  fade  hold kimg  batch    rate  workers  micro  threads     GB           time  state")
     for row in planning.table(run, plan, measured_rates(folder.history())):
         guess = "" if row["measured"] or not row["left"] else "~"
@@ -56,8 +56,6 @@ def measured_rates(history: Iterable[dict[str, Any]]) -> dict[int, float]:
 
 def shard_images(data: Data, resolution: int, address: str) -> None:
     """Shards on a Ray, with a progress bar and a summary."""
-    from gradine.pipeline.shards import locate, shard
-
     require(resolution >= 4 and is_power_of_two(resolution),
             f"--resolution={resolution} must be a power of two from 4 up, e.g. 256.")
     locate(data.source)
@@ -66,8 +64,8 @@ def shard_images(data: Data, resolution: int, address: str) -> None:
         task = bar.add_task("sharding", total=None)
         summary = shard(data, resolution, lambda done, total: bar.update(task, completed=done, total=total))
     print(f"{summary['images']:,} images in {summary['shards']} shards per level, {summary['made']} slices made now, "
-          f"{summary['bytes'] / 1e6:.1f} MB in {data.shards}; {summary['classes']} classes; {summary['rejected']} rejected"
-          f"{' (see rejected.jsonl)' if summary['rejected'] else ''}, {summary['ignored']} other files ignored")
+          f"{summary['bytes'] / 1e6:.1f} MB in {data.shards}; {summary['classes']} classes; {summary['rejected']} "
+          f"rejected (see rejected.jsonl), {summary['ignored']} other files ignored")
 
 
 def chosen(path: Path, name: str) -> tuple[RunDir, Run, checkpoint.Checkpoint, dict[str, bytes]]:
@@ -115,6 +113,6 @@ def sample_run(path: Path, out: Path, count: int, seed: int, name: str) -> None:
 def export_run(path: Path, out: Path | None, name: str) -> None:
     from gradine.stages.generate import export
 
-    folder, run, of, files = chosen(path, name)
+    folder, run, _, files = chosen(path, name)
     for written in export(run, files, out or folder.path / "export"):
         print(f"{written} ({written.stat().st_size / 1e6:.1f} MB)")

@@ -20,6 +20,7 @@ from gradine.pipeline.cluster import Group, connected, refuse_unplaceable, worke
 from gradine.pipeline.display import Display, duration
 from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir, write_atomic
+from gradine.pipeline.shards import locate, shard, top_level
 from gradine.stages import checkpoint, growth
 from gradine.stages.data import data_digest, level_folder
 
@@ -71,13 +72,19 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None) -> Ru
     folder = run_folder(run)
     with folder.locked():
         run, plan = settle(run, folder)
+        whole = all((level_folder(run.data.shards, s.resolution) / "index.json").is_file() for s in run.stages)
+        if not whole and shard_if_needed:
+            locate(run.data.source)
+        elif not whole:
+            raise UserError(f"data.shards={run.data.shards!r} lacks levels of this run. Make them with gradine shard, "
+                            "or use gradine run, which makes what is missing.")
         with display or Display(run) as shown, connected(run) as resources:
             started = time.monotonic()
             folder.record("start", gradine=__version__, command=" ".join(sys.argv), host=socket.gethostname(),
                           cores=os.cpu_count(), versions=versions(), resources=resources)
             refuse_unplaceable(run, plan, resources)
             if shard_if_needed:
-                make_shards(run, folder, shown)
+                make_shards(run, folder, shown, whole)
             open_run(run, folder, plan, shown)
             session = Session(run, folder, shown)
             session.train(plan)
@@ -126,7 +133,7 @@ def supersede(folder: RunDir, plan: planning.Plan) -> None:
 
 
 def copy_initial(run: Run, folder: RunDir, shown: Display) -> None:
-    """Keeps the newest valid checkpoint of `init_from` in the run folder: later stages draw their new layers from it."""
+    """Keeps the newest valid checkpoint of `init_from` in the run folder: later stages draw new layers from it."""
     found, _ = checkpoint.find(RunDir(run.init_from).checkpoints)
     for source in reversed(found):
         with suppress(checkpoint.Damaged):
@@ -148,10 +155,8 @@ def pin_data(run: Run, folder: RunDir) -> None:
     folder.record("data", digests=digests)
 
 
-def make_shards(run: Run, folder: RunDir, shown: Display) -> None:
-    """Shards what is missing; without its source, a finished set is used as it is."""
-    from gradine.pipeline.shards import locate, shard, top_level
-
+def make_shards(run: Run, folder: RunDir, shown: Display, whole: bool) -> None:
+    """Shards what is missing; without its source, a `whole` set is used as it is."""
     whole = all((level_folder(run.data.shards, s.resolution) / "index.json").is_file() for s in run.stages)
     began = time.monotonic()
     if whole:
@@ -209,8 +214,9 @@ class Session:
                     self.shown.say(f"stage failed: {reason}; resuming from {where} "
                                    f"({failures} of {FAILURES_WITHOUT_PROGRESS} failures without progress)", "yellow")
                     if failures >= FAILURES_WITHOUT_PROGRESS:
-                        raise EnvironmentFault(f"training failed {failures} times without progress since {where}, last: "
-                                               f"{reason}. The same command resumes once the cause is mended.") from error
+                        raise EnvironmentFault(
+                            f"training failed {failures} times without progress since {where}, last: {reason}. "
+                            "The same command resumes once the cause is mended.") from error
                     self.folder.record("resume", images_seen=seen, start=start.name if start else None, reason=reason)
         finally:
             self.end_group()
@@ -239,7 +245,7 @@ class Session:
                 share = event["step_s"] / event["wall_s"]
                 self.shown.say(f"{setting.resolution:>5}px done in {duration(event['wall_s'])}: {share:.1%} of it in "
                                f"steps, {event['data_s'] / event['wall_s']:.1%} waiting for data")
-        assert final and final.stage_end
+        assert final is not None, "a stage ends with a checkpoint"
         return final
 
     def join_group(self, index: int) -> None:
@@ -266,7 +272,7 @@ class Session:
         return None
 
     def reason(self, error: BaseException) -> str:
-        """One line for the ledger. An EnvironmentFault raised in a worker stops the run: a retry would meet it again."""
+        """One line for the ledger. A worker's own EnvironmentFault stops the run: a retry would meet it again."""
         cause = getattr(error, "cause", error)
         if isinstance(cause, UserError | EnvironmentFault):
             raise type(cause)(str(cause)) from error
@@ -290,7 +296,8 @@ class Session:
         setting = self.run.evaluation
         threads = max(1, int(setting.cpus))
         task = ray.remote(num_cpus=setting.cpus, num_gpus=setting.gpus, max_retries=1)(evaluate_beside)
-        ref = task.options(runtime_env=worker_environment(threads)).remote(self.run, of.path, str(self.folder.path), threads)
+        placed = task.options(runtime_env=worker_environment(threads))
+        ref = placed.remote(self.run, of.path, str(self.folder.path), threads)
         self.evaluating[ref] = of, time.monotonic()
 
     def collect(self, wait_s: float = 0.0) -> None:

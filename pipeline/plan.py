@@ -37,8 +37,8 @@ def make_plan(run: Run, found: Sequence[Checkpoint], last_branch: str | None = N
     schedule = growth.schedule(run)
     if run.resume == "fresh":
         if found:
-            raise UserError(f"resume=fresh wants an empty run folder, this one has {len(found)} checkpoints, the newest "
-                            f"{found[-1].name}. Use resume=auto to go on, or another name=.")
+            raise UserError(f"resume=fresh wants an empty run folder, this one has {len(found)} checkpoints, the "
+                            f"newest {found[-1].name}. Use resume=auto to go on, or another name=.")
         return _plan(run, schedule, None, "fresh start, as asked")
     if not starts_branch(run, last_branch):
         if not found:
@@ -94,8 +94,8 @@ def refuse_changes(run: Run, stored: Run, branching_at: int | None = None) -> No
                and not _may_change(key, run, branching_at)]
     if changed:
         lines = "".join(f"\n  {key}: {was.get(key, 'not set')} -> {now.get(key, 'not set')}" for key in changed)
-        raise UserError(f"run {run.name!r} was started with other settings:{lines}\nTake them back, give the run another "
-                        "name=, or branch off where they take effect with resume=RESOLUTION branch=new.")
+        raise UserError(f"run {run.name!r} was started with other settings:{lines}\nTake them back, give the run "
+                        "another name=, or branch off where they take effect with resume=RESOLUTION branch=new.")
 
 
 def _may_change(key: str, run: Run, branching_at: int | None) -> bool:

@@ -127,7 +127,7 @@ def stage_result(run_dir: RunDir, resolution: int, span: tuple[int, int]) -> Res
     reals = _open(run_dir.samples / f"r{resolution:04d}-reals.png")
     tiles = min(COLUMNS, max(1, grid.width // resolution))
     strip = grid.crop((0, 0, tiles * resolution, resolution))
-    fakes, beside = (image and embed(_top(image, PAIR_ROWS * resolution), PAIR_PX) for image in (grid, reals))
+    fakes, beside = (embed(_top(image, PAIR_ROWS * resolution), PAIR_PX) if image else None for image in (grid, reals))
     return Result(resolution, metrics, files[seen], seen, fakes, beside, embed(strip, LARGE_PX), tiles)
 
 

@@ -21,6 +21,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -89,12 +90,20 @@ def read_entries(source: Path, entries: list[Entry]) -> Iterator[tuple[Entry, Ca
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             for entry in entries:
-                yield entry, lambda entry=entry: archive.read(entry.path)
+                yield entry, partial(archive.read, entry.path)
     else:
         with tarfile.open(source) as tar:  # in any order; a compressed tar is unpacked again for each step back
             members = {member.name: member for member in tar}
             for entry in entries:
-                yield entry, lambda entry=entry: tar.extractfile(members[entry.path]).read()  # type: ignore[union-attr]
+                yield entry, partial(_read_member, tar, members[entry.path])
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    if file is None:
+        raise Rejected("is no plain file in the tar")
+    with file:
+        return file.read()
 
 
 def open_image(content: bytes, resolution: int, crop: str, max_pixels: int) -> np.ndarray:
@@ -167,9 +176,10 @@ def make_slice(source: str, entries: list[Entry], number: int, out: str, data: D
     for size in resolutions(resolution):
         final = Path(out) / f"r{size:04d}" / f"{number:06d}.tar"
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.with_suffix(".tar.partial")
-        writer = webdataset.TarWriter(str(partial), mtime=0, user="gradine", group="gradine", mode=0o644, encoder=False)
-        writers[size] = partial, final, writer
+        unfinished = final.with_suffix(".tar.partial")
+        writer = webdataset.TarWriter(str(unfinished), mtime=0, user="gradine", group="gradine", mode=0o644,
+                                      encoder=False)
+        writers[size] = unfinished, final, writer
     rejected, content = [], hashlib.sha256()
     for entry, read in read_entries(Path(source), entries):
         try:
@@ -187,11 +197,11 @@ def make_slice(source: str, entries: list[Entry], number: int, out: str, data: D
             writers[size][2].write(sample)
     part: dict[str, Any] = {"images": len(entries) - len(rejected), "rejected": rejected,
                             "content": content.hexdigest(), "levels": {}}
-    for size, (partial, final, writer) in writers.items():
+    for size, (unfinished, final, writer) in writers.items():
         writer.close()
-        written = partial.read_bytes()
+        written = unfinished.read_bytes()
         write_atomic(final, written)
-        partial.unlink()
+        unfinished.unlink()
         part["levels"][str(size)] = {"file": final.name, "bytes": len(written), "images": part["images"],
                                      "sha256": hashlib.sha256(written).hexdigest()}
     write_atomic(Path(out) / "parts" / f"{number:06d}.json", json.dumps(part).encode())
@@ -204,7 +214,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def shard(data: Data, resolution: int, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+def shard(data: Data, resolution: int, progress: Callable[[int, int], None] = lambda *_: None) -> dict[str, Any]:
     """Makes what is missing of data.shards, on the Ray this process is connected to, and returns a summary.
 
     Raises UserError for an unusable source, for shards made from something else, and when more than
@@ -249,7 +259,7 @@ def top_level(shards: str) -> int:
 
 def _over_ray(source: Path, slices: list[list[Entry]], missing: list[int], out: Path, data: Data,
               resolution: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, part) of each missing slice as its task ends; a few tasks per CPU are in flight, so memory is bounded."""
+    """(number, part) of each missing slice as its task ends; a few tasks per CPU in flight bound the memory."""
     import ray
 
     task = ray.remote(num_cpus=1, max_retries=3)(make_slice)
@@ -285,8 +295,8 @@ def _refuse_other_shards(out: Path, wanted: dict[str, Any]) -> None:
     require(out.is_dir() or not out.exists(), f"data.shards={str(out)!r} is a file. Give a folder, new or empty.")
     if not (out / "source.json").is_file():
         strangers = [p.name for p in out.iterdir() if p.suffix != ".partial"] if out.is_dir() else []
-        require(not strangers, f"data.shards={str(out)!r} holds other files ({', '.join(sorted(strangers)[:3])}) and no "
-                               "source.json. Give an empty or new folder.")
+        require(not strangers, f"data.shards={str(out)!r} holds other files ({', '.join(sorted(strangers)[:3])}) and "
+                               "no source.json. Give an empty or new folder.")
         return
     there = json.loads((out / "source.json").read_text())
     for key, value in wanted.items():
@@ -305,4 +315,5 @@ def _refuse_torn_set(rejected: list[dict[str, str]], total: int, data: Data, out
     share = len(rejected) / total
     require(share <= data.max_rejected_share,
             f"{len(rejected)} of {total} images ({share:.1%}) were rejected, more than data.max_rejected_share="
-            f"{data.max_rejected_share:.1%} ({where}). Mend the source, ask for a smaller resolution or raise the share.")
+            f"{data.max_rejected_share:.1%} ({where}). Mend the source, ask for a smaller resolution or raise the "
+            "share.")

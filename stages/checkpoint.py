@@ -228,8 +228,8 @@ def grow(state: TrainState, files: dict[str, bytes]) -> None:
         shared = {name: tensor for name, tensor in load_tensors(files, role).items() if name in own}
         for name, tensor in shared.items():
             if tensor.shape != own[name].shape:
-                raise UserError(f"{role}.{name} is {list(tensor.shape)} in the starting weights, {list(own[name].shape)} "
-                                "here. Use the same network.latent_size, fmap_base and fmap_max.")
+                raise UserError(f"{role}.{name} is {list(tensor.shape)} in the starting weights, "
+                                f"{list(own[name].shape)} here. Use the same network settings.")
         network.load_state_dict(shared, strict=False)
 
 

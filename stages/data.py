@@ -49,7 +49,7 @@ def read_index(shards: str | Path, resolution: int) -> dict[str, Any]:
             raise ValueError(f"{index['images']} images of {index['resolution']}px in all, {images} in its shards")
         return index
     except FileNotFoundError:
-        raise UserError(f"shards {shards} have no {resolution}px level. Make it: gradine shard SOURCE {shards}.") from None
+        raise UserError(f"shards {shards} have no {resolution}px level. Make it with gradine shard.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no valid index ({type(error).__name__}: {error}). "
                         "Delete it and run gradine shard again.") from error
@@ -150,8 +150,8 @@ class Images:
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if digest != entry["sha256"]:
-                    raise UserError(f"shard {path} has sha256 {digest[:12]}..., its index says {entry['sha256'][:12]}...: "
-                                    "it was changed or damaged. Delete it and run gradine shard again.")
+                    raise UserError(f"shard {path} has sha256 {digest[:12]}..., its index says "
+                                    f"{entry['sha256'][:12]}...: it is damaged. Delete it and run gradine shard again.")
                 with tarfile.open(path, "r:") as tar:
                     members = [(m.offset_data, m.size) for m in tar if m.isfile() and m.name.endswith(".png")]
                 if len(members) != entry["images"]:
@@ -220,7 +220,8 @@ def prefetch(source: Iterator[T], depth: int = 2) -> Iterator[T]:
     def put(item: tuple[bool, Any]) -> None:
         while not stop.is_set():
             try:
-                return ready.put(item, timeout=0.1)
+                ready.put(item, timeout=0.1)
+                return
             except queue.Full:
                 continue
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from gradine.configs.schema import Run
 from gradine.stages import checkpoint
@@ -50,11 +52,11 @@ def evaluate(run: Run, path: str, out: str, threads: int = 1) -> list[Row]:
         untrained = Generator(run.network, resolution, fades=False)
         initialise(untrained, run.training.seed, "generator")
         untrained.to(device)
-    latents = draw_latents(run, "evaluation", reals.count)
+    subjects = Subjects(run, reals, average, untrained, draw_latents(run, "evaluation", reals.count))
     rows = []
     for metric, compute in (("swd", swd), ("frechet_pixels16", frechet), ("ms_ssim", ms_ssim)):
         began = time.perf_counter()
-        figures = compute(run, reals, average, untrained, latents)
+        figures = compute(subjects)
         rows.append({"metric": metric, "value": None, "reason": None, "levels": None, "floor": None, "untrained": None,
                      "reals": None, "resolution": resolution, "checkpoint": Path(path).name,
                      "images_seen": images_seen, "count": reals.count, "seed": run.training.seed, **figures,
@@ -76,62 +78,72 @@ class RealSets:
     def first(self, count: int) -> Tensor:
         return torch.from_numpy(self.images.pixels(self.order[:count]))
 
-    def feed(self, start: int, receive: Callable[[Tensor], None]) -> None:
-        """Hands over set 0 or 1 (start = 0 or count), a few images at a time."""
+    def batches(self, start: int) -> Iterator[Tensor]:
+        """Set 0 or 1 (start = 0 or count), a few images at a time."""
         for ids in np.array_split(self.order[start:start + self.count], -(-self.count // 64)):
-            receive(torch.from_numpy(self.images.pixels(ids)))
+            yield torch.from_numpy(self.images.pixels(ids))
 
 
-def swd(run: Run, reals: RealSets, average: Generator, untrained: Generator | None, latents: Tensor) -> Row:
+@dataclass(frozen=True)
+class Subjects:
+    """What a metric looks at."""
+
+    run: Run
+    reals: RealSets
+    average: Generator
+    untrained: Generator | None
+    latents: Tensor
+
+    def held_against_reals(self) -> Iterator[tuple[str, Iterator[Tensor]]]:
+        """Name and batches of each set that is compared with the first set of reals."""
+        yield "value", generate(self.average, self.latents)
+        yield "floor", self.reals.batches(self.reals.count)
+        if self.untrained:
+            yield "untrained", generate(self.untrained, self.latents)
+
+
+def swd(it: Subjects) -> Row:
     """Sliced Wasserstein distance x 1e3: `value` is the average over `levels`."""
-    if reals.count * 2 > len(reals.images):
-        return {"reason": f"{len(reals.images)} reals are too few for two sets"}
-
-    def distance(feed: Callable[[Callable[[Tensor], None]], None]) -> dict[str, float]:
-        metric = SlicedWasserstein(reals.images.resolution, seed=run.training.seed)
-        reals.feed(0, lambda batch: metric.update(batch, real=True))
-        feed(lambda batch: metric.update(batch, real=False))
-        return metric.compute()
-
-    levels = distance(lambda receive: feed_fakes(average, latents, receive))
-    floor = distance(lambda receive: reals.feed(reals.count, receive))
-    start = distance(lambda receive: feed_fakes(untrained, latents, receive)) if untrained else {"average": None}
-    return {"value": levels.pop("average"), "levels": levels, "floor": floor["average"], "untrained": start["average"]}
+    if it.reals.count * 2 > len(it.reals.images):
+        return {"reason": f"{len(it.reals.images)} reals are too few for two sets"}
+    figures: Row = {}
+    for name, batches in it.held_against_reals():
+        metric = SlicedWasserstein(it.reals.images.resolution, seed=it.run.training.seed)
+        levels = fed(metric, it.reals, batches)
+        figures[name] = levels.pop("average")
+        if name == "value":
+            figures["levels"] = levels
+    return figures
 
 
-def frechet(run: Run, reals: RealSets, average: Generator, untrained: Generator | None, latents: Tensor) -> Row:
+def frechet(it: Subjects) -> Row:
     """Frechet distance on pixels reduced to at most 16x16; needs no feature network, and is no FID."""
-    if reals.count < 2:
-        return {"reason": f"{len(reals.images)} reals are too few for two sets of at least 2"}
-
-    def distance(feed: Callable[[Callable[[Tensor], None]], None]) -> float:
-        metric = PixelFrechet()
-        reals.feed(0, lambda batch: metric.update(batch, real=True))
-        feed(lambda batch: metric.update(batch, real=False))
-        return metric.compute()
-
-    return {"value": distance(lambda receive: feed_fakes(average, latents, receive)),
-            "floor": distance(lambda receive: reals.feed(reals.count, receive)),
-            "untrained": distance(lambda receive: feed_fakes(untrained, latents, receive)) if untrained else None}
+    if it.reals.count < 2:
+        return {"reason": f"{len(it.reals.images)} reals are too few for two sets of at least 2"}
+    return {name: fed(PixelFrechet(), it.reals, batches) for name, batches in it.held_against_reals()}
 
 
-def ms_ssim(run: Run, reals: RealSets, average: Generator, untrained: Generator | None, latents: Tensor) -> Row:
+def fed(metric: Metric, reals: RealSets, others: Iterator[Tensor]) -> Any:
+    """What the metric computes between the first set of reals and `others`."""
+    for batch in reals.batches(0):
+        metric.update(batch, real=True)
+    for batch in others:
+        metric.update(batch, real=False)
+    return metric.compute()
+
+
+def ms_ssim(it: Subjects) -> Row:
     """Diversity: mean similarity of random pairs of fakes, beside that of reals. Lower is more diverse."""
-    resolution = reals.images.resolution
-    pairs = min(run.evaluation.count, MS_SSIM_IMAGES, len(reals.images)) // 2
+    resolution, images = it.reals.images.resolution, it.reals.images
+    pairs = min(it.run.evaluation.count, MS_SSIM_IMAGES, len(images)) // 2
     if resolution < 64:
         return {"reason": f"defined from 64 px up, this stage has {resolution}", "count": 0}
     if pairs < 1:
-        return {"reason": f"{len(reals.images)} reals make no pair", "count": 0}
-    first, second = draw_latents(run, "pairs", 2 * pairs).chunk(2)
+        return {"reason": f"{len(images)} reals make no pair", "count": 0}
+    first, second = draw_latents(it.run, "pairs", 2 * pairs).chunk(2)
     fakes, real_pairs = MultiScaleSSIM(), MultiScaleSSIM()
-    for a, b in zip(generate(average, first), generate(average, second), strict=True):
+    for a, b in zip(generate(it.average, first), generate(it.average, second), strict=True):
         fakes.update(a, b)
-    for ids in np.array_split(reals.order[:2 * pairs].reshape(2, pairs), -(-pairs // 32), axis=1):
-        real_pairs.update(*(torch.from_numpy(reals.images.pixels(half)) for half in ids))
+    for ids in np.array_split(it.reals.order[:2 * pairs].reshape(2, pairs), -(-pairs // 32), axis=1):
+        real_pairs.update(*(torch.from_numpy(images.pixels(half)) for half in ids))
     return {"value": fakes.compute(), "reals": real_pairs.compute(), "count": 2 * pairs}
-
-
-def feed_fakes(generator: Generator, latents: Tensor, receive: Callable[[Tensor], None]) -> None:
-    for batch in generate(generator, latents):
-        receive(batch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -78,7 +79,8 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
                 yield {"event": "checkpoint", "path": str(path), "images_seen": now, "stage_end": now == end,
                        "resolution": setting.resolution, "retired": retired, "seconds": clock.last}
     if accelerator.is_main_process:
-        yield {"event": "stage_end", "resolution": setting.resolution, "images_seen": end, **clock.totals()}
+        yield {"event": "stage_end", "resolution": setting.resolution, "images_seen": end,
+               "peak_memory_mb": peak_memory_mb(accelerator.device), **clock.totals()}
 
 
 def new_accelerator(cpu: bool, workers: int) -> Accelerator:
@@ -86,9 +88,16 @@ def new_accelerator(cpu: bool, workers: int) -> Accelerator:
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[
         DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
     if accelerator.num_processes != workers:
-        raise EnvironmentFault(f"Accelerate sees {accelerator.num_processes} processes, the stage has {workers} workers: "
-                               "each would train alone. Start it through gradine or torchrun with that many processes.")
+        raise EnvironmentFault(f"Accelerate sees {accelerator.num_processes} processes, the stage has {workers} "
+                               "workers: each would train alone. Start as many processes, by gradine or torchrun.")
     return accelerator
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most this process has held: on the GPU by its allocator's count, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in kB
 
 
 def initial_state(run: Run, stage: int, start: str | None, device: torch.device, initial: str | None) -> TrainState:

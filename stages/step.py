@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradine.configs.schema import Run
@@ -106,13 +105,15 @@ def critic_objective(nets: Parallel, share: Share, alpha: float, rules: Rules) -
     return loss, seen
 
 
-def generator_objective(nets: Parallel, score: nn.Module, share: Share, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
+def generator_objective(nets: Parallel, score: nn.Module, share: Share,
+                        alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
     """G's loss summed over the share's rows; D is used bare, so that nothing of it is reduced or updated."""
     loss = generator_loss(score(nets.generator(share.generator_latents, alpha), alpha)).sum()
     return loss, {"loss_g": loss}
 
 
-def train_step(state: TrainState, nets: Parallel, shares: list[Share], moment: Moment, rules: Rules) -> dict[str, Tensor]:
+def train_step(state: TrainState, nets: Parallel, shares: list[Share], moment: Moment,
+               rules: Rules) -> dict[str, Tensor]:
     """Updates `state` by one step at `moment`; returns this worker's part of the batch means, detached."""
     batch, alpha = moment.phase.batch_size, moment.alpha
     seen: dict[str, Tensor] = {}

@@ -28,7 +28,7 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def ray_cluster() -> Iterator[Any]:
     """One local Ray for the whole session, joined to no other."""
     import ray
 

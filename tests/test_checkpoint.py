@@ -385,7 +385,7 @@ class Bomb:
 @pytest.mark.parametrize(("name", "load"), [
     *((name, checkpoint.restore) for name in FILES[:4]), *((name, checkpoint.grow) for name in FILES[:3])])
 def test_a_pickle_in_the_place_of_weights_never_runs(
-        copy: Path, tmp_path: Path, name: str, load: Callable[[TrainState, dict[str, bytes]], None], zipped: bool) -> None:
+        copy: Path, tmp_path: Path, name: str, load: Callable[..., None], zipped: bool) -> None:
     canary = tmp_path / "canary"
     if zipped:
         torch.save({"weight": Bomb(canary)}, copy / name)

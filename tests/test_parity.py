@@ -48,7 +48,8 @@ def finish_all(run: Run, folder: Path, workers: int) -> list[dict[str, Any]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks = [start(run, folder, rank, workers, port) for rank in range(workers)]
-    return [finish(process) for process in ranks][0]
+    first, *_ = [finish(process) for process in ranks]
+    return first
 
 
 def assert_same_checkpoints(ours: Path, theirs: Path, at_least: int) -> None:
@@ -87,7 +88,7 @@ def test_other_splits_follow_the_same_path_at_first(tiny_run: Callable[..., Run]
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def unbroken() -> dict[int, Path]:
     return {}
 
 
@@ -108,7 +109,9 @@ def test_a_killed_run_resumes_to_the_bits_of_the_unbroken_one(moment: str, worke
     for line in ranks[0].stdout:
         event = json.loads(line)
         inside = event["event"] == "tick" and event["resolution"] == 8 and event.get("phase") == moment
-        if (inside and event["images_seen"] % 200 > 100) or (moment == "between stages" and event["event"] == "stage_end"):
+        if inside and event["images_seen"] % 200 > 100:
+            break
+        if moment == "between stages" and event["event"] == "stage_end":
             break
     for process in ranks:
         process.send_signal(signal.SIGKILL)

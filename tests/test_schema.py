@@ -353,6 +353,7 @@ def test_presets_of_the_wrong_shape_are_one_line(tmp_path: Path, presets: str, c
     ("stages.3.batch_size=8", "override stages.3.batch_size: no item '3' in a list of 3. Use 0 to 2, or *."),
     ("stages.first.batch_size=8", "override stages.first.batch_size: no item 'first'"),
     ("name.x=8", "override name.x: 'x' lies below a plain value."),
+    ("stages.0.batch_size.x=8", "override stages.0.batch_size.x: 'x' lies below a plain value."),
 ])
 def test_an_override_that_cannot_be_applied_is_quoted(recipe: Path, override: str, part: str) -> None:
     assert part in refusal(recipe, override)
