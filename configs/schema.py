@@ -258,7 +258,7 @@ def from_dict(raw: dict[str, Any]) -> Run:
         hint = " Write whole numbers as 100_000, not 1e5." if "Integer" in reason else ""
         where = error.full_key or "the configuration"
         if error.object_type is Stage and error.parent_node is not None:  # list items do not know their index
-            where = f"stage {OmegaConf.to_container(error.parent_node)['resolution']}px: {where}"
+            where = f"stage {typing.cast(Any, OmegaConf.to_container(error.parent_node))['resolution']}px: {where}"
         raise UserError(f"{where}: {reason}.{hint}") from error
 
 
@@ -314,7 +314,7 @@ def _split(text: str) -> tuple[str, Any]:
     path, equals, value = text.partition("=")
     require(bool(equals and path), f"override {text!r} is not of the form key.path=value, e.g. training.seed=1.")
     try:
-        return path, OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]
+        return path, typing.cast(Any, OmegaConf.to_container(OmegaConf.create(f"value: {value}")))["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"override {text!r}: the value is not valid YAML.") from error
 

@@ -37,6 +37,7 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
     for the first stage. initial: a checkpoint of another run, whose weights new layers take where names match.
     Yields `tick`, `checkpoint` and `stage_end` events, JSON-ready, as they happen; ranks above 0 yield nothing.
     """
+    clock = Stopwatch()
     setting, schedule = run.stages[stage], growth.schedule(run)
     accelerator = new_accelerator(setting.gpus == 0, setting.workers)
     torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.workers))
@@ -50,7 +51,6 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
     info = {"resolution": setting.resolution, "data": data_digest(run.data.shards, setting.resolution),
             "workers": nets.workers, "micro_batch": setting.micro_batch, "threads": torch.get_num_threads()}
     end = schedule.stage_span(stage)[1]
-    clock = Stopwatch()
     with closing(images), closing(source):  # type: ignore[type-var]  # a generator has close()
         while state.images_seen < end:
             moment = growth.at(schedule, state.images_seen)

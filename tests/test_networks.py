@@ -217,6 +217,13 @@ def test_the_first_dense_layer_has_one_bias_per_channel() -> None:
     assert dense0.bias.shape == (512,)
 
 
+def test_the_first_score_layer_is_as_wide_as_a_layer_before_4_px_would_be() -> None:
+    """nf(0) = min(base, max), which is twice the width at 4 px where the base is what limits."""
+    with torch.device("meta"):
+        dense0 = Discriminator(Network(fmap_base=8, fmap_max=100), 4, False).blocks["4"].dense0
+    assert dense0.weight.shape == (8, 4 * 16)  # type: ignore[union-attr]
+
+
 # ---- Growth
 
 

@@ -283,6 +283,24 @@ def test_gradients_are_reduced_once_per_network_at_the_last_share() -> None:
                      + ["G alone", "G gradient", "end"] * 2 + ["G gradient"])
 
 
+def test_the_generators_phase_uses_the_discriminator_without_its_wrapper() -> None:
+    """A data-parallel wrapper expects a backward pass that reduces: in G's phase none follows for D."""
+    class Wrapper(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net, self.calls = net, 0
+
+        def forward(self, *args: Any) -> Tensor:
+            self.calls += 1
+            return self.net(*args)
+
+    state = new_state()
+    g, d = Wrapper(state.generator), Wrapper(state.discriminator)
+    train_step(state, Parallel(g, d), [batch_of(8)], moment(8), RULES)
+    assert d.calls == 3  # reals, fakes, in between
+    assert g.calls == 2
+
+
 # ---- The reals
 
 
