@@ -117,7 +117,7 @@ class Stage:
     learning_rate: float = 0.001  # both networks
     workers: int = 1  # Accelerate processes; at most one per minibatch-stddev group
     micro_batch: int = 0  # images per forward pass; 0: a worker's whole share at once
-    threads: int = 0  # CPU threads per worker; 0: the machine's cores divided by the workers
+    threads: int = 0  # CPU threads per worker; 0: `cpus` if above 1, else the cores divided by the workers
     cpus: float = 1.0  # logical CPUs a worker asks of Ray
     gpus: float = 0.0  # GPUs a worker asks of Ray; 0 trains on the CPU
 

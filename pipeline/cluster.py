@@ -98,10 +98,10 @@ class Worker:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def join(self, rank: int, local_rank: int, workers: int, master: tuple[str, int]) -> None:
+    def join(self, rank: int, workers: int, master: tuple[str, int]) -> None:
         """What torchrun would set; a group of one needs none of it."""
-        if workers > 1:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(workers),
+        if workers > 1:  # LOCAL_RANK picks the GPU, and Ray shows each actor its own one alone
+            os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(workers),
                               MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
 
     def run_stage(self, *arguments: Any) -> Iterator[dict[str, Any]]:
@@ -130,10 +130,8 @@ class Group:
         self.workers = [
             actor.options(scheduling_strategy=Placed(self.placement, index), runtime_env=environment).remote()
             for index in range(setting.workers)]
-        addresses = ray.get([worker.address.remote() for worker in self.workers])
-        hosts = [host for host, _ in addresses]
-        ray.get([worker.join.remote(rank, hosts[:rank].count(hosts[rank]), setting.workers, addresses[0])
-                 for rank, worker in enumerate(self.workers)])
+        master = ray.get(self.workers[0].address.remote())
+        ray.get([worker.join.remote(rank, setting.workers, master) for rank, worker in enumerate(self.workers)])
 
     def events(self, *arguments: Any, idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
         """Rank 0's events of one stage; raises what any worker raised. `idle` is called about once a second."""

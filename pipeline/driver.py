@@ -87,8 +87,12 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None) -> Ru
                 make_shards(run, folder, shown, whole)
             open_run(run, folder, plan, shown)
             session = Session(run, folder, shown)
-            session.train(plan)
-            session.finish()
+            try:
+                session.train(plan)
+                session.finish()
+            except (UserError, EnvironmentFault) as error:
+                folder.record("stopped", reason=str(error))
+                raise
             folder.record("end", seconds=round(time.monotonic() - started, 1))
         report = write_report(folder)
         shown.say(f"report: {report}", "bold green")
@@ -97,7 +101,7 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None) -> Ru
 
 def open_run(run: Run, folder: RunDir, plan: planning.Plan, shown: Display) -> None:
     """Before the first step: leftovers removed, a branch's past moved aside, settings and data pinned."""
-    for orphan in checkpoint.remove_orphans(folder.checkpoints):
+    for orphan in (*checkpoint.remove_orphans(folder.checkpoints), *checkpoint.remove_orphans(folder.path)):
         shown.say(f"removed {orphan}, left by a save that was cut short", "yellow")
     if plan.branch:
         supersede(folder, plan)
@@ -190,7 +194,8 @@ class Session:
 
     def train(self, plan: planning.Plan) -> None:
         """Every stage of the plan; a failed one goes on from the newest valid checkpoint."""
-        self.evaluate_missing(plan)
+        if self.run.evaluation.when != "end":
+            self.evaluate_missing()
         start, failures, furthest = plan.start, 0, plan.images_seen
         stages = list(plan.stages)
         try:
@@ -199,10 +204,8 @@ class Session:
                     start = self.stage(stages[0], start)
                     stages.pop(0)
                     failures = 0
-                except UserError:
-                    raise
                 except Exception as error:
-                    reason = self.reason(error)
+                    reason = one_line(error)
                     self.end_group()
                     start = self.newest()
                     seen = start.images_seen if start else 0
@@ -271,23 +274,13 @@ class Session:
                 self.shown.say(f"passed over: {error}", "yellow")
         return None
 
-    def reason(self, error: BaseException) -> str:
-        """One line for the ledger. A worker's own EnvironmentFault stops the run: a retry would meet it again."""
-        cause = getattr(error, "cause", error)
-        if isinstance(cause, UserError | EnvironmentFault):
-            raise type(cause)(str(cause)) from error
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"[:300]
-
     # Evaluations: Ray tasks beside the training, which never waits for them ------------------------------------------
 
-    def evaluate_missing(self, plan: planning.Plan) -> None:
+    def evaluate_missing(self) -> None:
         """Stage ends on disk that have no figures yet, e.g. because the last session was killed while measuring."""
-        if self.run.evaluation.when == "end":
-            return
         measured = {row["checkpoint"] for row in self.folder.lines("metrics.jsonl")}
         for found in checkpoint.find(self.folder.checkpoints)[0]:
-            if found.stage_end and found.name not in measured and found.images_seen <= plan.images_seen:
+            if found.stage_end and found.name not in measured:
                 self.evaluate(found)
 
     def evaluate(self, of: checkpoint.Checkpoint) -> None:
@@ -313,7 +306,7 @@ class Session:
             try:
                 rows = ray.get(ref)
             except Exception as failure:  # whatever an evaluator dies of, training does not
-                error = f"{type(failure).__name__}: {str(getattr(failure, 'cause', failure)).strip().splitlines()[-1]}"
+                error = one_line(failure, stop_for=())
             for row in rows:
                 self.folder.append("metrics.jsonl", row)
                 self.board.metric(row)
@@ -327,12 +320,19 @@ class Session:
     def finish(self) -> None:
         """Waits for the evaluations still running; with evaluation.when=end they only start now."""
         if self.run.evaluation.when == "end":
-            for found in checkpoint.find(self.folder.checkpoints)[0]:
-                if found.stage_end:
-                    self.evaluate(found)
+            self.evaluate_missing()
         while self.evaluating:
             self.collect(wait_s=1.0)
         self.board.close()
+
+
+def one_line(error: Exception, stop_for: tuple[type[Exception], ...] = (UserError, EnvironmentFault)) -> str:
+    """What went wrong, for the ledger. What a worker raised of `stop_for` is raised here: a retry would meet it."""
+    cause = getattr(error, "cause", None) or error  # Ray wraps what a task raised, with its whole traceback as text
+    if stop_for and isinstance(cause, stop_for):
+        raise type(cause)(str(cause)) from error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def evaluate_beside(run: Run, path: str, out: str, threads: int) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ def resolved(run: Run, cores: int, stored: Run | None = None) -> Run:
         kept = stored.stages[index] if stored and index < len(stored.stages) else None
         share = stage.batch_size // stage.workers
         micro = kept.micro_batch if kept and share % kept.micro_batch == 0 else share
-        threads = kept.threads if kept else max(1, cores // stage.workers)
+        threads = kept.threads if kept else int(stage.cpus) if stage.cpus > 1 else max(1, cores // stage.workers)
         stages.append(replace(stage, threads=stage.threads or threads, micro_batch=stage.micro_batch or micro))
     return replace(run, stages=stages)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 import warnings
 import zipfile
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from gradine.configs.schema import RECIPES, Data, UserError, require
+from gradine.configs.schema import RECIPES, Data, EnvironmentFault, UserError, require
 from gradine.pipeline.run_dir import write_atomic
 from gradine.stages.growth import resolutions
 
@@ -271,7 +272,13 @@ def _over_ray(source: Path, slices: list[list[Entry]], missing: list[int], out: 
             number = waiting.pop(0)
             in_flight[task.remote(str(source), slices[number], number, str(out), data, resolution)] = number
         (done,), _ = ray.wait(list(in_flight), num_returns=1)
-        yield in_flight.pop(done), ray.get(done)
+        try:
+            part = ray.get(done)
+        except OSError as error:  # Ray raises what a task raised as its own kind
+            raise EnvironmentFault(f"shards {out}: slice {in_flight[done]} could not be made: "
+                                   f"{getattr(error, 'cause', error)}. {shutil.disk_usage(out).free:,} bytes are free "
+                                   "there. The same command makes what is missing.") from error
+        yield in_flight.pop(done), part
 
 
 def _finished_part(out: Path, number: int) -> dict[str, Any] | None:

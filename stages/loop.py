@@ -62,12 +62,15 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
             with clock.measure("step"):
                 seen = train_step(state, nets, shares, moment, rules)
             before, now = moment.images_seen, state.images_seen
+            tick = run.tick_images or max(1, moment.phase.images // TICKS_PER_PHASE)
+            ticks = before // tick != now // tick or now in (moment.phase.end, end)
+            if ticks:  # on every rank: the figures are sums over all of them
+                with clock.measure("log"):
+                    summed = accelerator.reduce(torch.stack(list(seen.values())), reduction="sum")
+                    figures = dict(zip(seen, summed.tolist(), strict=True))
             if not accelerator.is_main_process:
                 continue
-            tick = run.tick_images or max(1, moment.phase.images // TICKS_PER_PHASE)
-            if before // tick != now // tick or now in (moment.phase.end, end):
-                with clock.measure("log"):
-                    figures = {name: float(value) for name, value in seen.items()}
+            if ticks:
                 yield {"event": "tick", "resolution": setting.resolution, "phase": moment.phase.kind,
                        "alpha": moment.alpha, "learning_rate": moment.learning_rate, "images_seen": now,
                        "images_per_s": clock.rate(now), "skipped": state.skipped.tolist(), **figures}

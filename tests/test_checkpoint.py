@@ -263,7 +263,7 @@ def test_a_disk_that_is_really_full_leaves_the_old_checkpoint_and_no_new_name(tm
 def test_a_kill_at_any_moment_leaves_a_folder_that_is_none_or_whole(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks at the disk before every write, sync and rename, as a reader would after a kill right there."""
-    state, seen = trained(), []
+    state, seen, synced = trained(), [], []
     old = checkpoint.save(tmp_path, state, info())
     step(state, 1, 9)
     sync, rename = os.fsync, Path.rename
@@ -277,17 +277,21 @@ def test_a_kill_at_any_moment_leaves_a_folder_that_is_none_or_whole(
 
     def watched_sync(descriptor: int) -> None:
         look()
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         sync(descriptor)
 
     def watched_rename(path: Path, target: Path) -> Path:
         look()
-        assert (path / "MANIFEST.json").is_file()
+        synced.append("rename")
         return rename(path, target)
 
     monkeypatch.setattr(os, "fsync", watched_sync)
     monkeypatch.setattr(Path, "rename", watched_rename)
     checkpoint.save(tmp_path, state, info())
-    assert seen == [[104]] * 8 + [[104, 112]]  # five files, the manifest, the folder, the rename; then its folder
+    assert seen == [[104]] * 8 + [[104, 112]]
+    assert set(synced[:5]) == set(FILES)
+    assert synced[5:] == ["MANIFEST.json", synced[6], "rename", tmp_path.name]
+    assert synced[6].startswith(".partial-")
     assert old.is_dir()
 
 
@@ -404,14 +408,17 @@ def test_a_pickle_in_the_place_of_weights_never_runs(
 
 
 def test_found_checkpoints_come_by_images_seen_and_say_what_they_are_of(tmp_path: Path) -> None:
-    for images, stage_end, resolution in ((300, False, 16), (80, True, 4), (160, False, 8), (1_000_000_000, False, 16)):
-        small(tmp_path, images, stage_end, resolution)
+    small(tmp_path, 300, resolution=16)
+    small(tmp_path, 80, stage_end=True, resolution=4)
+    for images, resolution in ((160, 8), (10**9, 16), (10**9 - 8, 16)):
+        small(tmp_path, images, resolution=resolution)
     (tmp_path / "notes").mkdir()
     found, damaged = checkpoint.find(tmp_path)
     assert damaged == []
     assert [(c.images_seen, c.resolution, c.stage_end, c.phase, c.name) for c in found] == [
         (80, 4, True, "hold", "r0004-hold-000000080"), (160, 8, False, "hold", "r0008-hold-000000160"),
-        (300, 16, False, "hold", "r0016-hold-000000300"), (10**9, 16, False, "hold", "r0016-hold-1000000000")]
+        (300, 16, False, "hold", "r0016-hold-000000300"), (10**9 - 8, 16, False, "hold", "r0016-hold-999999992"),
+        (10**9, 16, False, "hold", "r0016-hold-1000000000")]
     assert checkpoint.find(tmp_path / "nowhere") == ([], [])
 
 
@@ -518,7 +525,7 @@ def test_weights_of_another_shape_are_refused_in_one_line(saved: Path, network: 
     with pytest.raises(UserError) as caught:
         checkpoint.grow(state, checkpoint.read(saved))
     assert "\n" not in str(caught.value)
-    for part in ("in the starting weights", "network.latent_size", "fmap_base", "fmap_max"):
+    for part in ("in the starting weights", " here. Use the same network settings"):
         assert part in str(caught.value)
 
 

@@ -69,9 +69,13 @@ def assert_same_checkpoints(ours: Path, theirs: Path, at_least: int) -> None:
 def test_two_workers_equal_one_that_accumulates_to_the_bit_after_200_steps(tiny_run: Callable[..., Run],
                                                                           tmp_path: Path) -> None:
     events = finish_all(tiny_run(SCHEDULE), tmp_path / "one", 1)
-    finish_all(tiny_run({**SCHEDULE, "stages.*.workers": 2}), tmp_path / "two", 2)
+    events_of_two = finish_all(tiny_run({**SCHEDULE, "stages.*.workers": 2}), tmp_path / "two", 2)
     assert sum(event["event"] == "tick" for event in events) == 200
     assert_same_checkpoints(tmp_path / "two", tmp_path / "one", at_least=8)
+    ticks, ticks_of_two = ([e for e in them if e["event"] == "tick"] for them in (events, events_of_two))
+    for one, two in zip(ticks, ticks_of_two, strict=True):
+        for figure in ("loss_d", "loss_g", "score_real", "penalty", "gradient_norm"):
+            assert one[figure] == pytest.approx(two[figure], rel=1e-5, abs=1e-6), figure
     # and it did train: weights moved, penalty and drift were on
     first, last = (safetensors.torch.load_file(tmp_path / "one/checkpoints" / name / "generator.safetensors")
                    for name in ("r0004-hold-000000200", "r0008-hold-000001600"))

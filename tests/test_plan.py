@@ -97,7 +97,8 @@ def test_the_same_command_again_continues_its_branch_and_branch_new_starts_over(
     assert make_plan(run_of(resume="auto"), found, last_branch="8").start == found[1]
 
 
-@pytest.mark.parametrize("found", [[], [at(40, 4)], [at(80, 4)], [at(72, 4, True)], [END8], [END4, at(160, 8)]])
+@pytest.mark.parametrize("found", [[], [at(40, 4)], [at(80, 4)], [at(72, 4, True)], [at(80, 16, True)], [END8],
+                                   [END4, at(160, 8)]])
 def test_a_resolution_without_the_end_of_the_stage_before_is_refused_naming_what_there_is(
         found: list[Checkpoint]) -> None:
     resume, needs = ("16", "8px stage (240 images)") if found[:1] == [END4] else ("8", "4px stage (80 images)")

@@ -27,7 +27,8 @@ def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> No
     assert [p.name for p in target.parent.iterdir()] == ["file"]
 
 
-def test_the_old_file_stays_if_the_disk_fails_in_mid_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_file_stays_alone_if_the_disk_fails_in_mid_write(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -37,6 +38,7 @@ def test_the_old_file_stays_if_the_disk_fails_in_mid_write(tmp_path: Path, monke
     with pytest.raises(OSError, match="No space left"):
         write_atomic(target, b"new")
     assert target.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_content_is_on_the_disk_before_it_has_its_name_and_the_name_after(

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import tarfile
 import warnings
 import zipfile
@@ -22,7 +23,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from gradine.configs.schema import Data, UserError
+from gradine.configs.schema import Data, EnvironmentFault, UserError
 from gradine.pipeline.shards import open_image, shard
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -53,7 +54,8 @@ def samples(tar: Path) -> list[dict[str, Any]]:
     """What plain WebDataset makes of a shard."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it leaves the file for the collector to close
-        found = list(webdataset.WebDataset(str(tar), shardshuffle=False).decode("rgb8"))
+        dataset = webdataset.WebDataset(str(tar), shardshuffle=False)  # type: ignore[attr-defined]
+        found = list(dataset.decode("rgb8"))
         gc.collect()
     return found
 
@@ -296,6 +298,28 @@ def test_a_file_appended_to_a_tar_again_replaces_its_older_self(tmp_path: Path) 
     np.testing.assert_array_equal([s["png"] for s in shown], [np.asarray(noise(3, 8)), np.asarray(noise(2, 8))])
 
 
+@pytest.mark.fault
+def test_a_full_disk_is_one_clear_line_and_with_more_room_the_same_command_goes_on(eight: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", disk],
+                                      capture_output=True).returncode:
+        pytest.skip("needs root and the right to mount a tmpfs")
+    try:
+        with pytest.raises(EnvironmentFault, match="No space left on device") as caught:
+            sharded(eight, disk / "out", shard_images=8)
+        for part in (str(disk), "bytes are free there", "same command"):
+            assert part in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not list(disk.rglob("index.json"))
+        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        sharded(eight, disk / "out", shard_images=8)
+        sharded(eight, tmp_path / "roomy", shard_images=8)
+        assert contents(disk / "out") == contents(tmp_path / "roomy")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 # ---- Bad images
 
 
@@ -364,15 +388,15 @@ def test_above_the_allowed_share_it_stops_names_share_first_reason_and_way_out_a
 
 def test_hidden_files_and_what_a_mac_leaves_in_a_zip_are_ignored(tmp_path: Path) -> None:
     good = encoded(noise(0, 8))
-    files = {"a.png": good, ".a.png": b"", "._a.png": b"", ".git/b.png": good, "__MACOSX/._a.png": b"junk",
-             "sub/.DS_Store": b"junk", "notes.txt": b"hello"}
+    files = {"a.png": good, ".a.png": b"", "._a.png": b"", ".git/b.png": good, "__MACOSX/b.png": good,
+             "__MACOSX/._a.png": b"junk", "sub/.DS_Store": b"junk", "notes.txt": b"hello"}
     folder_of(tmp_path / "in", files)
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
     for source in ("in", "in.zip"):
         summary = sharded(tmp_path / source, tmp_path / f"out-{source}")
-        assert (summary["images"], summary["rejected"], summary["ignored"]) == (1, 0, 6)
+        assert (summary["images"], summary["rejected"], summary["ignored"]) == (1, 0, 7)
 
 
 # ---- Refusals, each one line
@@ -412,6 +436,9 @@ def test_a_changed_source_or_other_settings_into_the_same_folder_are_refused(eig
     (source / "a/new.png").write_bytes(original)
     assert "files were added" in refusal(lambda: sharded(source, out))
     (source / "a/new.png").unlink()
+    (source / "a/0.png").rename(source / "a/00.png")
+    assert "files were added" in refusal(lambda: sharded(source, out))
+    (source / "a/00.png").rename(source / "a/0.png")
     assert contents(out) == before
     assert sharded(source, out)["made"] == 0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 from gradine.configs.schema import load
 from gradine.pipeline import driver
