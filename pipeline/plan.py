@@ -12,8 +12,8 @@ from gradine.stages import growth
 from gradine.stages.checkpoint import Checkpoint
 
 # Settings that may differ between a run and its resumption: they change what is kept and shown, not what is trained.
-SAFE = ("resume", "branch", "init_from", "tick_images", "runs", "checkpoints.", "evaluation.", "ray.", "data.source",
-        "data.shards", "data.cache_gb", "data.cache_dir", "data.max_rejected_share")
+SAFE = ("resume", "preset", "branch", "init_from", "tick_images", "runs", "checkpoints.", "evaluation.", "ray.",
+        "data.source", "data.shards", "data.cache_gb", "data.cache_dir", "data.max_rejected_share")
 SAFE_OF_A_STAGE = ("workers", "micro_batch", "cpus", "gpus")  # the sums' order may change, not what is summed
 MACS_PER_IMAGE_AND_STEP = 18  # of one forward: G 1 + 3, D 3 + 1 + 4 + 4 + 2 (penalty's second backward included)
 ASSUMED_GMACS = {"cpu": 60.0, "gpu": 6_000.0}  # a second, per core or GPU, where nothing was measured yet
@@ -40,7 +40,7 @@ def make_plan(run: Run, found: Sequence[Checkpoint], last_branch: str | None = N
             raise UserError(f"resume=fresh wants an empty run folder, this one has {len(found)} checkpoints, the "
                             f"newest {found[-1].name}. Use resume=auto to go on, or another name=.")
         return _plan(run, schedule, None, "fresh start, as asked")
-    if not starts_branch(run, last_branch):
+    if not starts_branch(run, last_branch) and (found or run.resume == "auto"):
         if not found:
             return _plan(run, schedule, None, "no checkpoint yet")
         return _plan(run, schedule, found[-1], f"newest of {len(found)} checkpoints")
@@ -105,7 +105,7 @@ def _may_change(key: str, run: Run, branching_at: int | None) -> bool:
         _, index, setting = key.split(".")
         resolution = run.stages[0].resolution * 2 ** int(index)
         return setting in SAFE_OF_A_STAGE or (branching_at is not None and resolution >= branching_at)
-    return branching_at is not None and key.startswith(("training.", "preset"))
+    return branching_at is not None and key.startswith("training.")
 
 
 def same_group(a: Stage, b: Stage) -> bool:

@@ -16,12 +16,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -76,7 +77,10 @@ def list_source(source: Path, labels: str) -> tuple[list[Entry], list[str], int]
     images = [(path, size) for path, size in images if PurePosixPath(path).suffix.lower() in SUFFIXES]
     require(bool(images), f"data.source={str(source)!r} holds no image ({len(files)} other files). "
                           f"Images end in {', '.join(sorted(SUFFIXES))}.")
-    tops = [PurePosixPath(path).parts[0] if len(PurePosixPath(path).parts) > 1 else "" for path, _ in images]
+    folders = [PurePosixPath(path).parts[:-1] for path, _ in images]
+    # an archive often has one folder around all others
+    shared = len(PurePosixPath(os.path.commonpath(["/".join(parts) for parts in folders])).parts)
+    tops = [parts[shared] if len(parts) > shared else "" for parts in folders]
     classes = sorted(set(tops)) if labels == "folders" and len(set(tops)) > 1 else []
     entries = [Entry(f"{n:08d}", path, size, classes.index(top) if classes else None)
                for n, ((path, size), top) in enumerate(zip(images, tops, strict=True))]
@@ -196,17 +200,25 @@ def make_slice(source: str, entries: list[Entry], number: int, out: str, data: D
             if entry.label is not None:
                 sample["cls"] = str(entry.label).encode()
             writers[size][2].write(sample)
-    part: dict[str, Any] = {"images": len(entries) - len(rejected), "rejected": rejected,
+    part: dict[str, Any] = {"made_from": slice_digest(entries, data, resolution),
+                            "images": len(entries) - len(rejected), "rejected": rejected,
                             "content": content.hexdigest(), "levels": {}}
     for size, (unfinished, final, writer) in writers.items():
         writer.close()
-        written = unfinished.read_bytes()
-        write_atomic(final, written)
-        unfinished.unlink()
-        part["levels"][str(size)] = {"file": final.name, "bytes": len(written), "images": part["images"],
-                                     "sha256": hashlib.sha256(written).hexdigest()}
+        with unfinished.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        unfinished.rename(final)
+        part["levels"][str(size)] = {"file": final.name, "bytes": final.stat().st_size, "images": part["images"],
+                                     "sha256": digest}
     write_atomic(Path(out) / "parts" / f"{number:06d}.json", json.dumps(part).encode())
     return part
+
+
+def slice_digest(entries: list[Entry], data: Data, resolution: int) -> str:
+    """Names what a slice's tars are made from: its source files by path and size, and the settings of their pixels."""
+    return hashlib.sha256(json.dumps([*(astuple(entry) for entry in entries), data.crop, data.max_pixels,
+                                      resolution]).encode()).hexdigest()
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -225,13 +237,14 @@ def shard(data: Data, resolution: int, progress: Callable[[int, int], None] = la
     entries, classes, ignored = list_source(source, data.labels)
     listing = hashlib.sha256(json.dumps([(e.path, e.size) for e in entries]).encode()).hexdigest()
     made_from = {"schema": 1, "listing": listing, "images": len(entries), "resolution": resolution, "crop": data.crop,
-                 "labels": classes, "shard_images": data.shard_images}
+                 "labels": classes, "shard_images": data.shard_images, "max_pixels": data.max_pixels}
     _refuse_other_shards(out, made_from)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "source.json", json.dumps({**made_from, "source": data.source}, indent=1).encode())
     _write(out / "sources.jsonl", "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode())
     slices = [entries[i:i + data.shard_images] for i in range(0, len(entries), data.shard_images)]
-    parts = {n: part for n in range(len(slices)) if (part := _finished_part(out, n))}
+    parts = {n: part for n, own in enumerate(slices)
+             if (part := _finished_part(out, n, slice_digest(own, data, resolution)))}
     missing = [n for n in range(len(slices)) if n not in parts]
     progress(len(parts), len(slices))
     for number, part in _over_ray(source, slices, missing, out, data, resolution):
@@ -281,15 +294,15 @@ def _over_ray(source: Path, slices: list[list[Entry]], missing: list[int], out: 
         yield in_flight.pop(done), part
 
 
-def _finished_part(out: Path, number: int) -> dict[str, Any] | None:
-    """The part of a slice whose every tar is there with the length it had; None if it is to be made (again)."""
+def _finished_part(out: Path, number: int, made_from: str) -> dict[str, Any] | None:
+    """The part of this very slice whose every tar has the length it had; None if it is to be made (again)."""
     try:
         part = json.loads((out / "parts" / f"{number:06d}.json").read_text())
         whole = all((out / f"r{int(size):04d}" / level["file"]).stat().st_size == level["bytes"]
                     for size, level in part["levels"].items())
+        return part if whole and part["made_from"] == made_from else None
     except (OSError, ValueError, KeyError):
         return None
-    return part if whole else None
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -305,6 +318,8 @@ def _refuse_other_shards(out: Path, wanted: dict[str, Any]) -> None:
         require(not strangers, f"data.shards={str(out)!r} holds other files ({', '.join(sorted(strangers)[:3])}) and "
                                "no source.json. Give an empty or new folder.")
         return
+    if not any(out.glob("r*/index.json")):
+        return  # never finished, so nothing was trained on it: slices that changed are made again
     there = json.loads((out / "source.json").read_text())
     for key, value in wanted.items():
         shown = (f"{key} was {str(there.get(key))[:40]} and is now {str(value)[:40]}" if key != "listing" else

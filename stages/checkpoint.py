@@ -126,7 +126,10 @@ def read(path: str | Path) -> dict[str, bytes]:
             raise Damaged(f"{file} is missing or no plain file")
         if file.stat().st_size != size:
             raise Damaged(f"{file} has {file.stat().st_size} bytes, its manifest says {size}")
-        files[name] = file.read_bytes()
+        try:
+            files[name] = file.read_bytes()
+        except OSError as error:
+            raise Damaged(f"{file} cannot be read: {error.strerror}") from error
         if hashlib.sha256(files[name]).hexdigest() != digest:
             raise Damaged(f"{file} does not match the sha256 in its manifest")
     return files

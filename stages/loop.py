@@ -51,6 +51,7 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
     info = {"resolution": setting.resolution, "data": data_digest(run.data.shards, setting.resolution),
             "workers": nets.workers, "micro_batch": setting.micro_batch, "threads": torch.get_num_threads()}
     end = schedule.stage_span(stage)[1]
+    clock.seconds["setup"] = time.perf_counter() - clock.started
     with closing(images), closing(source):  # type: ignore[type-var]  # a generator has close()
         while state.images_seen < end:
             moment = growth.at(schedule, state.images_seen)
@@ -129,7 +130,7 @@ def initial_state(run: Run, stage: int, start: str | None, device: torch.device,
 
 
 class Stopwatch:
-    """Where the wall time goes: seconds by name, and the rate since the last look."""
+    """Where a stage's wall time goes: seconds by name, and the rate since the last look."""
 
     def __init__(self) -> None:
         self.started = self.looked = time.perf_counter()

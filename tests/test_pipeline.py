@@ -243,3 +243,18 @@ def test_a_killed_driver_leaves_no_process_and_the_same_command_resumes_to_the_s
     assert done.returncode == 0, done.stderr
     assert "resume: from r000" in done.stdout
     assert weights(folder, "r0008-hold-000000240") == weights(unbroken, "r0008-hold-000000240")
+
+
+def test_a_run_joins_a_cluster_that_is_there_and_leaves_it_running(
+        finished: tuple[Run, RunDir], ray_cluster: Any, tmp_path: Path) -> None:
+    run, alone = finished
+    config = tmp_path / "config.yaml"
+    config.write_text(dump(replace(run, name="joined")))
+    address = ray_cluster.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "gradine.pipeline", "train", str(config), f"ray.address={address}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # the token is in the environment
+    assert done.returncode == 0, done.stderr
+    folder = RunDir(Path(run.runs) / "joined")
+    assert events(folder, "start")[0]["resources"]["CPU"] == 4  # the fixture's; one of its own would have 2
+    assert weights(folder, "r0008-hold-000000240") == weights(alone, "r0008-hold-000000240")
+    assert ray_cluster.get(ray_cluster.remote(lambda: 1).remote()) == 1

@@ -137,8 +137,7 @@ SAFE = {"resume": "8", "branch": "new", "init_from": "x", "tick_images": 5, "run
 UNSAFE = {"training.seed": 1, "training.precision": "bfloat16", "training.channels_last": True, "training.beta2": 0.9,
           "training.mirror": False, "training.average_half_life": 5, "network.latent_size": 16, "network.fmap_max": 4,
           "data.crop": "none", "data.labels": "none", "data.shard_images": 7, "stages.0.batch_size": 16,
-          "stages.2.hold_images": 160, "stages.1.learning_rate": 0.5, "stages.1.fade_images": 0, "stages.1.threads": 4,
-          "preset": "large"}
+          "stages.2.hold_images": 160, "stages.1.learning_rate": 0.5, "stages.1.fade_images": 0, "stages.1.threads": 4}
 
 
 @pytest.mark.parametrize("key", SAFE)

@@ -24,7 +24,7 @@ import webdataset
 from PIL import Image
 
 from gradine.configs.schema import Data, EnvironmentFault, UserError
-from gradine.pipeline.shards import open_image, shard
+from gradine.pipeline.shards import list_source, open_image, shard
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -455,3 +455,28 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(eight: Pat
 def test_a_first_run_killed_before_its_first_file_does_not_block_the_next(eight: Path, tmp_path: Path) -> None:
     folder_of(tmp_path / "out", {"source.json.77.partial": b'{"sch'})
     assert sharded(eight, tmp_path / "out")["images"] == 8
+
+
+def test_one_folder_around_all_others_is_no_class(image_folder: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+        for path in sorted(image_folder.rglob("*.*")):
+            out.write(path, f"set/all/{path.relative_to(image_folder)}")
+    inside, plain = list_source(archive, "folders"), list_source(image_folder, "folders")
+    assert inside[1] == plain[1] == ["day", "night"]
+    assert [entry.label for entry in inside[0]] == [entry.label for entry in plain[0]]
+
+
+def test_a_source_mended_after_a_refusal_goes_on_in_the_same_folder(ray_cluster: Any, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(6):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(images / f"{number}.png")
+    (images / "5.png").write_bytes(b"torn")
+    data = Data(source=str(images), shards=str(tmp_path / "shards"), shard_images=3)
+    with pytest.raises(UserError, match=r"5\.png"):
+        shard(data, 8)
+    untouched = (tmp_path / "shards/r0008/000000.tar").stat().st_mtime_ns
+    Image.new("RGB", (8, 8), "red").save(images / "5.png")
+    assert shard(data, 8)["made"] == 1
+    assert (tmp_path / "shards/r0008/000000.tar").stat().st_mtime_ns == untouched

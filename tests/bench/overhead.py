@@ -29,7 +29,9 @@ def print_table(folder: RunDir) -> None:
     for index, end in enumerate(ends):
         shares = "".join(f"{end[f'{part}_s'] / end['wall_s']:>8.1%}" for part in ("step", "data", "save", "log"))
         following = [line["time"] for line in starts if line["time"] >= end["time"]]
-        gap = f"{following[0] - end['time']:>22.2f}" if following and index + 1 < len(ends) else ""
+        gap = ""
+        if following and index + 1 < len(ends):  # until the next stage asks for its first batch
+            gap = f"{following[0] - end['time'] + ends[index + 1]['setup_s']:>22.2f}"
         print(f"{end['resolution']:>5}{end['wall_s']:>10.1f}{shares}{gap}")
 
 
