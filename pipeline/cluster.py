@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gradine
 from gradine.configs.schema import EnvironmentFault, Run, UserError
 from gradine.pipeline.plan import Plan
 
@@ -61,9 +62,7 @@ def refuse_silence(address: str) -> None:
 
 def worker_environment(threads: int) -> dict[str, Any]:
     """What a Ray process needs to import this very gradine and keep to its threads."""
-    root = str(Path(__file__).resolve().parents[1])
-    if Path(root).name == "gradine":  # installed: .../site-packages/gradine/pipeline
-        root = str(Path(root).parent)
+    root = str(Path(gradine.__file__).absolute().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     # A cluster job brings its own working directory; only a Ray on this machine can use this machine's path.
@@ -153,3 +152,12 @@ class Group:
         for worker in self.workers:
             ray.kill(worker)
         ray.util.remove_placement_group(self.placement)
+
+
+def one_line(error: Exception, stop_for: tuple[type[Exception], ...] = (UserError, EnvironmentFault)) -> str:
+    """What went wrong, for the ledger. What a worker raised of `stop_for` is raised here: a retry would meet it."""
+    cause = getattr(error, "cause", None) or error  # Ray wraps what a task raised, with its whole traceback as text
+    if stop_for and isinstance(cause, stop_for):
+        raise type(cause)(str(cause)) from error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else ''}"[:300]

@@ -13,7 +13,8 @@ from gradine.configs.schema import Cluster, Data, Run, Stage, UserError, is_powe
 from gradine.pipeline import plan as planning
 from gradine.pipeline.cluster import connected
 from gradine.pipeline.display import duration
-from gradine.pipeline.driver import evaluation_line, run_folder, settle
+from gradine.pipeline.driver import run_folder, settle
+from gradine.pipeline.evaluations import figures_line
 from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.shards import locate, shard
@@ -91,7 +92,7 @@ def evaluate_run(path: Path, name: str) -> None:
     rows = evaluate(run, of.path, str(folder.path), threads=max(1, int(run.evaluation.cpus)))
     for row in rows:
         folder.append("metrics.jsonl", row)
-    print(evaluation_line(of, rows))
+    print(figures_line(of, rows))
     print(f"report: {write_report(folder)}")
 
 

@@ -1,9 +1,10 @@
-"""The progress a person sees: one live line per stage on a terminal, a line now and then in a log."""
+"""What a person watches: a live line per stage on a terminal, a line now and then in a log, TensorBoard's curves."""
 
 from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -59,6 +60,27 @@ class Display:
                 f"{event['images_seen'] / 1000:>8.1f} of {self.schedule.end / 1000:.1f} kimg  "
                 f"{f'{rate:.0f}' if rate else '-':>5} images/s  D {event['loss_d']:8.3f}  G {event['loss_g']:8.3f}  "
                 f"{duration(seconds_left(self.run, event['images_seen'], self.rates))} left{skipped}")
+
+
+class Board:
+    """TensorBoard's event files; their step is images seen."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.summary import Writer
+
+        self.writer = Writer(str(folder))
+
+    def tick(self, event: dict[str, Any]) -> None:
+        for name, value in event.items():
+            if isinstance(value, float):
+                self.writer.add_scalar(f"train/{name}", value, event["images_seen"])
+
+    def metric(self, row: dict[str, Any]) -> None:
+        if row["value"] is not None:
+            self.writer.add_scalar(f"metrics/{row['metric']}", row["value"], row["images_seen"])
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 def duration(seconds: float) -> str:

@@ -11,13 +11,13 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from gradine import __version__
 from gradine.configs.schema import EnvironmentFault, Run, UserError, dump, load
 from gradine.pipeline import plan as planning
-from gradine.pipeline.cluster import Group, connected, refuse_unplaceable, worker_environment
-from gradine.pipeline.display import Display, duration
+from gradine.pipeline.cluster import Group, connected, one_line, refuse_unplaceable
+from gradine.pipeline.display import Board, Display, duration
+from gradine.pipeline.evaluations import Evaluations
 from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir, write_atomic
 from gradine.pipeline.shards import locate, shard, top_level
@@ -89,10 +89,12 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None) -> Ru
             session = Session(run, folder, shown)
             try:
                 session.train(plan)
-                session.finish()
+                session.evaluations.finish()
             except (UserError, EnvironmentFault) as error:
                 folder.record("stopped", reason=str(error))
                 raise
+            finally:
+                session.board.close()
             folder.record("end", seconds=round(time.monotonic() - started, 1))
         report = write_report(folder)
         shown.say(f"report: {report}", "bold green")
@@ -189,13 +191,13 @@ class Session:
         self.schedule = growth.schedule(run)
         self.group: Group | None = None
         self.grouped_for: int | None = None
-        self.evaluating: dict[Any, tuple[checkpoint.Checkpoint, float]] = {}
         self.board = Board(folder.path / "tensorboard")
+        self.evaluations = Evaluations(run, folder, shown, self.board)
 
     def train(self, plan: planning.Plan) -> None:
         """Every stage of the plan; a failed one goes on from the newest valid checkpoint."""
         if self.run.evaluation.when != "end":
-            self.evaluate_missing()
+            self.evaluations.start_missing()
         start, failures, furthest = plan.start, 0, plan.images_seen
         stages = list(plan.stages)
         try:
@@ -234,7 +236,7 @@ class Session:
         initial = str(self.folder.initial) if self.folder.initial.exists() else None
         arguments = (self.run, index, start.path if start else None, str(self.folder.path), initial)
         final = start
-        for event in self.group.events(*arguments, idle=self.collect):
+        for event in self.group.events(*arguments, idle=self.evaluations.collect):
             self.folder.record(**event)
             if event["event"] == "tick":
                 self.shown.tick(event)
@@ -243,7 +245,7 @@ class Session:
                 final = checkpoint.describe(Path(event["path"]))
                 when = self.run.evaluation.when
                 if when == "checkpoint" or (when == "stage" and final.stage_end):
-                    self.evaluate(final)
+                    self.evaluations.start(final)
             elif event["event"] == "stage_end":
                 share = event["step_s"] / event["wall_s"]
                 self.shown.say(f"{setting.resolution:>5}px done in {duration(event['wall_s'])}: {share:.1%} of it in "
@@ -273,105 +275,6 @@ class Session:
             except checkpoint.Damaged as error:
                 self.shown.say(f"passed over: {error}", "yellow")
         return None
-
-    # Evaluations: Ray tasks beside the training, which never waits for them ------------------------------------------
-
-    def evaluate_missing(self) -> None:
-        """Stage ends on disk that have no figures yet, e.g. because the last session was killed while measuring."""
-        measured = {row["checkpoint"] for row in self.folder.lines("metrics.jsonl")}
-        for found in checkpoint.find(self.folder.checkpoints)[0]:
-            if found.stage_end and found.name not in measured:
-                self.evaluate(found)
-
-    def evaluate(self, of: checkpoint.Checkpoint) -> None:
-        import ray
-
-        setting = self.run.evaluation
-        threads = max(1, int(setting.cpus))
-        task = ray.remote(num_cpus=setting.cpus, num_gpus=setting.gpus, max_retries=1)(evaluate_beside)
-        placed = task.options(runtime_env=worker_environment(threads))
-        ref = placed.remote(self.run, of.path, str(self.folder.path), threads)
-        self.evaluating[ref] = of, time.monotonic()
-
-    def collect(self, wait_s: float = 0.0) -> None:
-        """Takes in the evaluations that ended. One that failed leaves a line with its reason; training goes on."""
-        import ray
-
-        if not self.evaluating:
-            return
-        ready, _ = ray.wait(list(self.evaluating), num_returns=1, timeout=wait_s)
-        for ref in ready:
-            of, began = self.evaluating.pop(ref)
-            rows, error = [], None
-            try:
-                rows = ray.get(ref)
-            except Exception as failure:  # whatever an evaluator dies of, training does not
-                error = one_line(failure, stop_for=())
-            for row in rows:
-                self.folder.append("metrics.jsonl", row)
-                self.board.metric(row)
-            self.folder.record("evaluation", checkpoint=of.name, resolution=of.resolution, images_seen=of.images_seen,
-                               seconds=round(time.monotonic() - began, 1), error=error)
-            if error:
-                self.shown.say(f"evaluation of {of.name} failed ({error}); training goes on", "yellow")
-            else:
-                self.shown.say(evaluation_line(of, rows), "cyan")
-
-    def finish(self) -> None:
-        """Waits for the evaluations still running; with evaluation.when=end they only start now."""
-        if self.run.evaluation.when == "end":
-            self.evaluate_missing()
-        while self.evaluating:
-            self.collect(wait_s=1.0)
-        self.board.close()
-
-
-def one_line(error: Exception, stop_for: tuple[type[Exception], ...] = (UserError, EnvironmentFault)) -> str:
-    """What went wrong, for the ledger. What a worker raised of `stop_for` is raised here: a retry would meet it."""
-    cause = getattr(error, "cause", None) or error  # Ray wraps what a task raised, with its whole traceback as text
-    if stop_for and isinstance(cause, stop_for):
-        raise type(cause)(str(cause)) from error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def evaluate_beside(run: Run, path: str, out: str, threads: int) -> list[dict[str, Any]]:
-    """Body of the evaluation's Ray task: on a CPU it yields to the training."""
-    from gradine.stages.evaluate import evaluate
-
-    if not run.evaluation.gpus:
-        os.nice(10 - os.nice(0))  # Ray reuses the process: to 10, not by 10
-    return evaluate(run, path, out, threads)
-
-
-def evaluation_line(of: checkpoint.Checkpoint, rows: list[dict[str, Any]]) -> str:
-    figures = []
-    for row in rows:
-        if row["value"] is not None:
-            beside = [f"{name} {row[name]:.4g}" for name in ("floor", "untrained", "reals") if row[name] is not None]
-            figures.append(f"{row['metric']} {row['value']:.4g} ({', '.join(beside)}; {row['count']} images)")
-    return f"{of.resolution:>5}px measured: {', '.join(figures)}"
-
-
-class Board:
-    """TensorBoard's event files; their step is images seen."""
-
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.summary import Writer
-
-        self.writer = Writer(str(folder))
-
-    def tick(self, event: dict[str, Any]) -> None:
-        for name, value in event.items():
-            if isinstance(value, float):
-                self.writer.add_scalar(f"train/{name}", value, event["images_seen"])
-
-    def metric(self, row: dict[str, Any]) -> None:
-        if row["value"] is not None:
-            self.writer.add_scalar(f"metrics/{row['metric']}", row["value"], row["images_seen"])
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from gradine.configs.schema import load
 from gradine.pipeline.plan import make_plan
 from gradine.stages import checkpoint
-from gradine.stages.loop import run_stage
+from gradine.stages.loop import leave_group, run_stage
 
 
 def main(config: str, out: str) -> None:
@@ -22,6 +22,7 @@ def main(config: str, out: str) -> None:
         start = make_plan(run, checkpoint.find(Path(out) / "checkpoints")[0]).start
         for event in run_stage(run, stage, start.path if start else None, out):
             print(json.dumps(event), flush=True)
+    leave_group()
 
 
 if __name__ == "__main__":

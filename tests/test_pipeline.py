@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from gradine.configs.schema import EnvironmentFault, Run, UserError, dump
-from gradine.pipeline import commands, driver
+from gradine.pipeline import commands, driver, evaluations
 from gradine.pipeline.run_dir import RunDir
 from gradine.stages import checkpoint
 
@@ -214,7 +214,7 @@ def test_a_failing_evaluation_leaves_a_reason_and_training_goes_on(tiny_run: Cal
     def evaluate_and_die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(driver, "evaluate_beside", evaluate_and_die)
+    monkeypatch.setattr(evaluations, "evaluate_beside", evaluate_and_die)
     folder = driver.train(tiny_run(), shard_if_needed=True)
     assert [c.name for c in checkpoint.find(folder.checkpoints)[0]][-1] == "r0008-hold-000000240"
     failed = events(folder, "evaluation")
