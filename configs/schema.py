@@ -7,6 +7,7 @@ Images are counted one by one (an int), never in kimg; resolutions are pixels pe
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -99,6 +100,8 @@ class Training:
     def __post_init__(self) -> None:
         one_of("training.penalty_at", self.penalty_at, ["current", "final"])
         one_of("training.precision", self.precision, ["float32", "bfloat16"])
+        require(self.penalty_weight >= 0 and self.drift >= 0,
+                f"training.penalty_weight={self.penalty_weight}, drift={self.drift} must not be negative.")
         require(self.penalty_target > 0, f"training.penalty_target={self.penalty_target} must be positive.")
         require(0 <= self.beta1 < 1, f"training.beta1={self.beta1}: use 0 <= beta1 < 1.")
         require(0 < self.beta2 < 1, f"training.beta2={self.beta2}: use 0 < beta2 < 1.")
@@ -130,7 +133,10 @@ class Stage:
             require(getattr(self, name) >= 0, f"{where}: {name}={getattr(self, name)} must not be negative.")
         for name in ("batch_size", "workers", "learning_rate"):
             require(getattr(self, name) > 0, f"{where}: {name}={getattr(self, name)} must be positive.")
+        require(self.learning_rate < 1, f"{where}: learning_rate={self.learning_rate} is not below 1.")
         require(self.cpus >= 0 and self.gpus >= 0, f"{where}: cpus={self.cpus}, gpus={self.gpus} must not be negative.")
+        require(self.gpus in (0, 1) or (self.workers == 1 and 0 < self.gpus < 1),
+                f"{where}: gpus={self.gpus}: a worker uses one GPU. Use 1 or 0 (or a share, if it is the only one).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +163,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         one_of("evaluation.when", self.when, ["stage", "checkpoint", "end"])
+        require(self.cpus >= 0 and self.gpus >= 0 and self.memory_gb > 0,
+                f"evaluation.cpus={self.cpus}, gpus={self.gpus} or memory_gb={self.memory_gb} is negative.")
         require(self.count >= 2, f"evaluation.count={self.count} must be at least 2.")
         require(self.samples >= 1, f"evaluation.samples={self.samples} must be at least 1.")
 
@@ -193,6 +201,10 @@ class Run:
         require(sizes == doubled, f"stages have resolutions {sizes}: each must double the one before, e.g. {doubled}.")
         require(self.stages[0].hold_images > 0, f"stage {sizes[0]}px: hold_images=0 leaves it nothing to train on, the "
                                                 "first stage has no fade. Use hold_images above 0.")
+        for stage in self.stages[1:]:
+            require(stage.fade_images + stage.hold_images > 0,
+                    f"stage {stage.resolution}px: fade_images=0 and hold_images=0 leave it nothing to train on. "
+                    "Give it some, or take it and the stages above it out.")
         final, base = sizes[-1], self.network.fmap_base
         require(base >= final // 2, f"network.fmap_base={base} leaves layers at {final}px without a channel. "
                                     f"Use at least {final // 2}.")
@@ -251,6 +263,7 @@ def from_dict(raw: dict[str, Any]) -> Run:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Run), raw)
         missing = sorted(OmegaConf.missing_keys(merged))
+        missing = [re.sub(r"\[(\d+)\]", r".\1", key) for key in missing]  # as an override spells it
         require(not missing, f"{', '.join(missing)} must be set: in the YAML file, or as {''.join(missing[:1])}=VALUE.")
         return typing.cast(Run, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:

@@ -132,6 +132,9 @@ def main() -> None:
     except (UserError, EnvironmentFault) as error:
         print(f"gradine: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 3)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"gradine: {error}. Mend that; the same command then goes on.", file=sys.stderr)
+        sys.exit(3)
 
 
 if __name__ == "__main__":

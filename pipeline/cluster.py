@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gradine
-from gradine.configs.schema import EnvironmentFault, Run, UserError
+from gradine.configs.schema import EnvironmentFault, Run, Stage, UserError
 from gradine.pipeline.plan import Plan
 
 
@@ -45,8 +45,11 @@ def connected(run: Run) -> Iterator[dict[str, float]]:
                                    "Start one, or leave ray.address empty for a Ray of our own.") from error
     else:
         cpus = max(stage.workers * stage.cpus for stage in run.stages)
-        ray.init(address="local", num_cpus=int(cpus + run.evaluation.cpus + 0.999), include_dashboard=False,
-                 log_to_driver=False, configure_logging=False, object_store_memory=200 << 20)
+        try:
+            ray.init(address="local", num_cpus=int(cpus + run.evaluation.cpus + 0.999), include_dashboard=False,
+                     log_to_driver=False, configure_logging=False, object_store_memory=200 << 20)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise EnvironmentFault(f"no Ray could be started here: {' '.join(str(error).split())[:200]}") from error
     try:
         yield ray.cluster_resources()
     finally:
@@ -64,7 +67,8 @@ def worker_environment(threads: int) -> dict[str, Any]:
     """What a Ray process needs to import this very gradine and keep to its threads."""
     root = str(Path(gradine.__file__).absolute().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path,
+                   "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what training.deterministic needs on a GPU
     # A cluster job brings its own working directory; only a Ray on this machine can use this machine's path.
     import ray
 
@@ -81,9 +85,11 @@ def refuse_unplaceable(run: Run, plan: Plan, resources: dict[str, float]) -> Non
             if wanted > there:
                 raise UserError(f"stage {stage.resolution}px asks for {wanted:g} {kind}s ({stage.workers} workers of "
                                 f"{each:g}), Ray has {there:g}. Lower stages.<n>.workers or .{kind.lower()}s.")
-    for kind, wanted in (("CPU", run.evaluation.cpus), ("GPU", run.evaluation.gpus)):
-        if wanted > resources.get(kind, 0):
-            raise UserError(f"evaluation.{kind.lower()}s={wanted:g} is more than Ray has ({resources.get(kind, 0):g}).")
+    beside = max((stage.workers * stage.gpus for stage in run.stages), default=0) if run.evaluation.when != "end" else 0
+    for kind, wanted, taken in (("CPU", run.evaluation.cpus, 0), ("GPU", run.evaluation.gpus, beside)):
+        if wanted and wanted + taken > resources.get(kind, 0):
+            raise UserError(f"evaluation.{kind.lower()}s={wanted:g} does not fit beside the training's {taken:g}: "
+                            f"Ray has {resources.get(kind, 0):g}. Lower it, or set evaluation.when=end.")
 
 
 class Worker:
@@ -114,7 +120,6 @@ class Group:
 
     def __init__(self, run: Run, stage: int) -> None:
         import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Placed
 
         setting = run.stages[stage]
         bundle = {"CPU": setting.cpus, "GPU": setting.gpus}
@@ -124,6 +129,17 @@ class Group:
             ray.util.remove_placement_group(self.placement)
             raise EnvironmentFault(f"stage {setting.resolution}px: {setting.workers} workers could not be placed "
                                    f"within ray.group_timeout_s={run.ray.group_timeout_s:g}. Is the cluster busy?")
+        self.workers: list[Any] = []
+        try:
+            self.join_workers(setting)
+        except BaseException:
+            self.end()  # or its places would stay taken
+            raise
+
+    def join_workers(self, setting: Stage) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Placed
+
         actor = ray.remote(num_cpus=setting.cpus, num_gpus=setting.gpus, max_restarts=0)(Worker)
         environment = worker_environment(setting.threads)
         self.workers = [

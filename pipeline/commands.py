@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,12 @@ def print_plan(run: Run) -> None:
               f"{guess + duration(row['hours'] * 3600):>15}  {row['state']}")
     groups = 1 + sum(not planning.same_group(a, b) for a, b in itertools.pairwise(run.stages))
     evaluation = run.evaluation
+    moments = {"end": "after training", "stage": "at each stage's end", "checkpoint": "at each checkpoint"}
     place = f"{evaluation.gpus:g} GPU" if evaluation.gpus else f"{evaluation.cpus:g} niced CPU"
     print(f"""
 resume   from {plan.start.name if plan.start else 'nothing'} ({plan.reason})
 groups   {groups}: stages with equal workers, cpus, gpus and threads share one
-measure  {'after training' if evaluation.when == 'end' else f'at each {evaluation.when} end'} on {place}, at most \
+measure  {moments[evaluation.when]} on {place}, at most \
 {evaluation.count:,} images
 workers  of at most one per minibatch-stddev group; micro: images per forward pass; GB: rough, per worker
 ~        guessed from {planning.ASSUMED_GMACS['cpu']:g} GMAC/s per core, {planning.ASSUMED_GMACS['gpu']:,.0f} per GPU; \
@@ -60,7 +62,8 @@ def shard_images(data: Data, resolution: int, address: str) -> None:
     require(resolution >= 4 and is_power_of_two(resolution),
             f"--resolution={resolution} must be a power of two from 4 up, e.g. 256.")
     locate(data.source)
-    alone = Run(name="shards", data=data, stages=[Stage(resolution=4, cpus=1)], ray=Cluster(address=address))
+    stage = Stage(resolution=4, cpus=os.cpu_count() or 1)  # only to size the Ray: every core decodes
+    alone = Run(name="shards", data=data, stages=[stage], ray=Cluster(address=address))
     with connected(alone), Progress() as bar:
         task = bar.add_task("sharding", total=None)
         summary = shard(data, resolution, lambda done, total: bar.update(task, completed=done, total=total))

@@ -105,12 +105,15 @@ def open_run(run: Run, folder: RunDir, plan: planning.Plan, shown: Display) -> N
     """Before the first step: leftovers removed, a branch's past moved aside, settings and data pinned."""
     for orphan in (*checkpoint.remove_orphans(folder.checkpoints), *checkpoint.remove_orphans(folder.path)):
         shown.say(f"removed {orphan}, left by a save that was cut short", "yellow")
+    pin_data(run, folder)
     if plan.branch:
         supersede(folder, plan)
     if run.init_from and not folder.initial.exists() and not plan.start:
         copy_initial(run, folder, shown)
-    pin_data(run, folder)
     write_atomic(folder.config, dump(run).encode())
+    if plan.branch:  # recorded last: until then the same command branches again
+        folder.record("branch", resolution=plan.branch, images_seen=plan.images_seen,
+                      superseded=[later.name for later in plan.superseded])
     where = plan.start.name if plan.start else "nothing"
     folder.record("resume", images_seen=plan.images_seen, start=plan.start.name if plan.start else None,
                   reason=plan.reason)
@@ -135,7 +138,6 @@ def supersede(folder: RunDir, plan: planning.Plan) -> None:
     for sample in folder.samples.glob("r*-[0-9]*.png"):
         if int(sample.stem.split("-")[1]) > plan.images_seen:
             sample.rename(aside / "samples" / sample.name)
-    folder.record("branch", resolution=plan.branch, images_seen=plan.images_seen, superseded=str(number))
 
 
 def copy_initial(run: Run, folder: RunDir, shown: Display) -> None:
@@ -163,7 +165,6 @@ def pin_data(run: Run, folder: RunDir) -> None:
 
 def make_shards(run: Run, folder: RunDir, shown: Display, whole: bool) -> None:
     """Shards what is missing; without its source, a `whole` set is used as it is."""
-    whole = all((level_folder(run.data.shards, s.resolution) / "index.json").is_file() for s in run.stages)
     began = time.monotonic()
     if whole:
         try:
@@ -242,7 +243,8 @@ class Session:
                 self.shown.tick(event)
                 self.board.tick(event)
             elif event["event"] == "checkpoint":
-                final = checkpoint.describe(Path(event["path"]))
+                final = checkpoint.Checkpoint(*(event[key] for key in (
+                    "path", "resolution", "phase", "images_seen", "stage_end")))
                 when = self.run.evaluation.when
                 if when == "checkpoint" or (when == "stage" and final.stage_end):
                     self.evaluations.start(final)

@@ -19,6 +19,7 @@ class Evaluations:
     def __init__(self, run: Run, folder: RunDir, shown: Display, board: Board) -> None:
         self.run, self.folder, self.shown, self.board = run, folder, shown, board
         self.running: dict[Any, tuple[checkpoint.Checkpoint, float]] = {}
+        self.waiting: list[checkpoint.Checkpoint] = []
 
     def start_missing(self) -> None:
         """Stage ends on disk that have no figures yet, e.g. because the last session was killed while measuring."""
@@ -28,8 +29,16 @@ class Evaluations:
                 self.start(found)
 
     def start(self, of: checkpoint.Checkpoint) -> None:
+        """Now, or when the one before it has ended: more than one would take the places of the training's workers."""
+        self.waiting.append(of)
+        self.start_next()
+
+    def start_next(self) -> None:
         import ray
 
+        if self.running or not self.waiting:
+            return
+        of = self.waiting.pop(0)
         setting = self.run.evaluation
         threads = max(1, int(setting.cpus))
         task = ray.remote(num_cpus=setting.cpus, num_gpus=setting.gpus, max_retries=1)(evaluate_beside)
@@ -60,12 +69,13 @@ class Evaluations:
                 self.shown.say(f"evaluation of {of.name} failed ({error}); training goes on", "yellow")
             else:
                 self.shown.say(figures_line(of, rows), "cyan")
+        self.start_next()
 
     def finish(self) -> None:
         """Waits for the evaluations still running; with evaluation.when=end they only start now."""
         if self.run.evaluation.when == "end":
             self.start_missing()
-        while self.running:
+        while self.running or self.waiting:
             self.collect(wait_s=1.0)
 
 
@@ -74,7 +84,7 @@ def evaluate_beside(run: Run, path: str, out: str, threads: int) -> list[dict[st
     from gradine.stages.evaluate import evaluate
 
     if not run.evaluation.gpus:
-        os.nice(10 - os.nice(0))  # Ray reuses the process: to 10, not by 10
+        os.nice(max(0, 10 - os.nice(0)))  # to 10, not by 10: Ray reuses the process, and may have niced it more
     return evaluate(run, path, out, threads)
 
 

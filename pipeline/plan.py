@@ -12,9 +12,9 @@ from gradine.stages import growth
 from gradine.stages.checkpoint import Checkpoint
 
 # Settings that may differ between a run and its resumption: they change what is kept and shown, not what is trained.
-SAFE = ("resume", "preset", "branch", "init_from", "tick_images", "runs", "checkpoints.", "evaluation.", "ray.",
+SAFE = ("resume", "preset", "branch", "tick_images", "runs", "checkpoints.", "evaluation.", "ray.",
         "data.source", "data.shards", "data.cache_gb", "data.cache_dir", "data.max_rejected_share")
-SAFE_OF_A_STAGE = ("workers", "micro_batch", "cpus", "gpus")  # the sums' order may change, not what is summed
+SAFE_OF_A_STAGE = ("workers", "micro_batch", "threads", "cpus", "gpus")  # the order of sums, not what is summed
 MACS_PER_IMAGE_AND_STEP = 18  # of one forward: G 1 + 3, D 3 + 1 + 4 + 4 + 2 (penalty's second backward included)
 ASSUMED_GMACS = {"cpu": 60.0, "gpu": 6_000.0}  # a second, per core or GPU, where nothing was measured yet
 
@@ -78,8 +78,10 @@ def resolved(run: Run, cores: int, stored: Run | None = None) -> Run:
     for index, stage in enumerate(run.stages):
         kept = stored.stages[index] if stored and index < len(stored.stages) else None
         share = stage.batch_size // stage.workers
-        micro = kept.micro_batch if kept and share % kept.micro_batch == 0 else share
-        threads = kept.threads if kept else int(stage.cpus) if stage.cpus > 1 else max(1, cores // stage.workers)
+        same_batch = kept is not None and kept.batch_size == stage.batch_size and share % kept.micro_batch == 0
+        micro = kept.micro_batch if kept and same_batch else share
+        own = int(stage.cpus) if stage.cpus > 1 else max(1, cores // stage.workers)
+        threads = kept.threads if kept and kept.workers == stage.workers else own
         stages.append(replace(stage, threads=stage.threads or threads, micro_batch=stage.micro_batch or micro))
     return replace(run, stages=stages)
 

@@ -13,6 +13,7 @@ chain of 2x2 means kept in float and rounded only when written.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -21,7 +22,9 @@ import shutil
 import tarfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -62,16 +65,10 @@ def locate(source: str) -> Path:
 
 def list_source(source: Path, labels: str) -> tuple[list[Entry], list[str], int]:
     """Sorted entries, class names, and how many files are no images. UserError if there is no image at all."""
-    if source.is_dir():
-        files = [(p.relative_to(source).as_posix(), p.stat().st_size) for p in source.rglob("*") if p.is_file()]
-    elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            files = [(info.filename, info.file_size) for info in archive.infolist() if not info.is_dir()]
-    elif tarfile.is_tarfile(source):
-        with tarfile.open(source) as tar:
-            files = list({member.name: member.size for member in tar if member.isfile()}.items())  # the last one counts
-    else:
-        raise UserError(f"data.source={str(source)!r} is neither a folder nor a zip or tar. Give one of these.")
+    try:
+        files = _list_files(source)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"data.source={str(source)!r} is damaged: {error}. Fetch or pack it again.") from error
     hidden = [f for f in files if any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(f[0]).parts)]
     images = sorted(set(files) - set(hidden))
     images = [(path, size) for path, size in images if PurePosixPath(path).suffix.lower() in SUFFIXES]
@@ -85,6 +82,19 @@ def list_source(source: Path, labels: str) -> tuple[list[Entry], list[str], int]
     entries = [Entry(f"{n:08d}", path, size, classes.index(top) if classes else None)
                for n, ((path, size), top) in enumerate(zip(images, tops, strict=True))]
     return entries, classes, len(files) - len(images)
+
+
+def _list_files(source: Path) -> list[tuple[str, int]]:
+    """(path, bytes) of every file in a folder, zip or tar."""
+    if source.is_dir():
+        return [(p.relative_to(source).as_posix(), p.stat().st_size) for p in source.rglob("*") if p.is_file()]
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            return [(info.filename, info.file_size) for info in archive.infolist() if not info.is_dir()]
+    if tarfile.is_tarfile(source):
+        with tarfile.open(source) as tar:
+            return list({member.name: member.size for member in tar if member.isfile()}.items())  # the last one counts
+    raise UserError(f"data.source={str(source)!r} is neither a folder nor a zip or tar. Give one of these.")
 
 
 def read_entries(source: Path, entries: list[Entry]) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
@@ -240,29 +250,43 @@ def shard(data: Data, resolution: int, progress: Callable[[int, int], None] = la
                  "labels": classes, "shard_images": data.shard_images, "max_pixels": data.max_pixels}
     _refuse_other_shards(out, made_from)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / "source.json", json.dumps({**made_from, "source": data.source}, indent=1).encode())
-    _write(out / "sources.jsonl", "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode())
-    slices = [entries[i:i + data.shard_images] for i in range(0, len(entries), data.shard_images)]
-    parts = {n: part for n, own in enumerate(slices)
-             if (part := _finished_part(out, n, slice_digest(own, data, resolution)))}
-    missing = [n for n in range(len(slices)) if n not in parts]
-    progress(len(parts), len(slices))
-    for number, part in _over_ray(source, slices, missing, out, data, resolution):
-        parts[number] = part
+    with _held(out):
+        _write(out / "source.json", json.dumps({**made_from, "source": data.source}, indent=1).encode())
+        _write(out / "sources.jsonl", "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode())
+        slices = [entries[i:i + data.shard_images] for i in range(0, len(entries), data.shard_images)]
+        parts = {n: part for n, own in enumerate(slices)
+                 if (part := _finished_part(out, n, slice_digest(own, data, resolution)))}
+        missing = [n for n in range(len(slices)) if n not in parts]
         progress(len(parts), len(slices))
-    ordered = [parts[n] for n in sorted(parts)]
-    rejected = [line for part in ordered for line in part["rejected"]]
-    _write(out / "rejected.jsonl", "".join(json.dumps(line) + "\n" for line in rejected).encode())
-    _refuse_torn_set(rejected, len(entries), data, out)
-    content = hashlib.sha256("".join(part["content"] for part in ordered).encode()).hexdigest()
-    for size in resolutions(resolution):
-        made = [part["levels"][str(size)] for part in ordered if part["images"]]
-        index = {"schema": 1, "resolution": size, "channels": 3, "images": sum(s["images"] for s in made),
-                 "labels": classes, "filter": "box", "encoding": "png", "source": content, "shards": made}
-        _write(out / f"r{size:04d}" / "index.json", json.dumps(index, indent=1).encode())
-    return {"images": len(entries) - len(rejected), "rejected": len(rejected), "ignored": ignored,
-            "classes": len(classes), "shards": len(slices), "made": len(missing),
-            "bytes": sum(level["bytes"] for part in ordered for level in part["levels"].values())}
+        for number, part in _over_ray(source, slices, missing, out, data, resolution):
+            parts[number] = part
+            progress(len(parts), len(slices))
+        ordered = [parts[n] for n in sorted(parts)]
+        rejected = [line for part in ordered for line in part["rejected"]]
+        _write(out / "rejected.jsonl", "".join(json.dumps(line) + "\n" for line in rejected).encode())
+        _refuse_torn_set(rejected, len(entries), data, out)
+        content = hashlib.sha256("".join(part["content"] for part in ordered).encode()).hexdigest()
+        for size in resolutions(resolution):
+            made = [part["levels"][str(size)] for part in ordered if part["images"]]
+            index = {"schema": 1, "resolution": size, "channels": 3, "images": sum(s["images"] for s in made),
+                     "labels": classes, "filter": "box", "encoding": "png", "source": content, "shards": made}
+            _write(out / f"r{size:04d}" / "index.json", json.dumps(index, indent=1).encode())
+        return {"images": len(entries) - len(rejected), "rejected": len(rejected), "ignored": ignored,
+                "classes": len(classes), "shards": len(slices), "made": len(missing),
+                "bytes": sum(level["bytes"] for part in ordered for level in part["levels"].values())}
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """One process at a time makes shards in a folder; the lock is on the folder itself and ends with its holder."""
+    folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"shards {out} are being made by another process. Wait for it, then run again.") from None
+    finally:
+        os.close(folder)
 
 
 def top_level(shards: str) -> int:
@@ -287,7 +311,7 @@ def _over_ray(source: Path, slices: list[list[Entry]], missing: list[int], out: 
         (done,), _ = ray.wait(list(in_flight), num_returns=1)
         try:
             part = ray.get(done)
-        except OSError as error:  # Ray raises what a task raised as its own kind
+        except (OSError, ray.exceptions.RayError) as error:  # Ray raises what a task raised as its own kind
             raise EnvironmentFault(f"shards {out}: slice {in_flight[done]} could not be made: "
                                    f"{getattr(error, 'cause', error)}. {shutil.disk_usage(out).free:,} bytes are free "
                                    "there. The same command makes what is missing.") from error
@@ -338,4 +362,4 @@ def _refuse_torn_set(rejected: list[dict[str, str]], total: int, data: Data, out
     require(share <= data.max_rejected_share,
             f"{len(rejected)} of {total} images ({share:.1%}) were rejected, more than data.max_rejected_share="
             f"{data.max_rejected_share:.1%} ({where}). Mend the source, ask for a smaller resolution or raise the "
-            "share.")
+            "share; images mended at equal size want the shards deleted first.")

@@ -65,7 +65,7 @@ def save(folder: Path, state: TrainState, info: dict[str, Any]) -> Path:
     everything = ((f"{file}/{name}", tensor) for file, part in tensors.items() for name, tensor in part.items())
     if bad := non_finite_tensors(everything):
         raise EnvironmentFault(f"checkpoint {final.name} refused: {len(bad)} tensors are not finite, first {bad[0]}. "
-                               "The last checkpoint stands; lower the learning rate to get past this point.")
+                               "The last checkpoint stands; branch off an earlier stage with a lower learning rate.")
     info = {"schema": SCHEMA, **info, "images_seen": state.images_seen, "skipped": [int(n) for n in state.skipped]}
     files = {f"{file}.safetensors": safetensors.torch.save(part) for file, part in tensors.items()}
     files["state.json"] = json.dumps(info, indent=1).encode()
@@ -160,9 +160,12 @@ def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
     return sorted(found, key=lambda c: (c.images_seen, c.resolution)), damaged
 
 
-def retire(folder: Path, keep: int) -> list[str]:
-    """Deletes checkpoints inside stages but the newest `keep`; never a stage's final one. -> names deleted."""
-    inside = [checkpoint for checkpoint in find(folder)[0] if not checkpoint.stage_end]
+def retire(folder: Path, keep: int, now: int) -> list[str]:
+    """Deletes checkpoints inside stages up to images_seen `now` but the newest `keep`; never a stage's final one.
+
+    Later ones were passed over as damaged: they neither count nor go. -> names deleted.
+    """
+    inside = [c for c in find(folder)[0] if not c.stage_end and c.images_seen <= now]
     for checkpoint in inside[:-keep]:
         doomed = folder / f"{PARTIAL}{checkpoint.name}-retired"
         Path(checkpoint.path).rename(doomed)  # from here on it is an orphan, whatever happens during the deletion

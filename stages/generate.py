@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,9 +40,10 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate(generator: Generator, latents: Tensor, batch: int = 32) -> Iterator[Tensor]:
-    """uint8 [n, 3, R, R] on the CPU, n <= batch, for the latents in order."""
+def generate(generator: Generator, latents: Tensor) -> Iterator[Tensor]:
+    """uint8 [n, 3, R, R] on the CPU, for the latents in order; n is 32 up to 128 px, fewer above for memory's sake."""
     device = next(generator.parameters()).device
+    batch = max(1, min(32, 32 * 128**2 // int(list(generator.to_rgb)[-1]) ** 2))
     for part in latents.split(batch):
         yield to_uint8(generator(part.to(device))).cpu()
 
@@ -60,7 +62,7 @@ def grid(images: Tensor) -> Image.Image:
 def save_png(image: Image.Image, path: Path) -> Path:
     """Written beside, then renamed: a reader never meets half a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     image.save(partial, "PNG")
     return partial.rename(path)
 

@@ -6,6 +6,7 @@ test, under torchrun and in a Ray actor: rank and world size are those of the en
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -18,17 +19,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
 
 from gradine.configs.schema import EnvironmentFault, Run
 from gradine.stages import checkpoint, growth
 from gradine.stages.data import Images, batches, data_digest, prefetch
 from gradine.stages.losses import penalty_divisor
 from gradine.stages.networks import Discriminator, Generator, initialise
-from gradine.stages.step import Parallel, Rules, TrainState, new_adam, train_step
+from gradine.stages.step import Rules, TrainState, new_adam, train_step
 
 Event = dict[str, Any]
 TICKS_PER_PHASE = 200
+MASKED_IN_A_ROW = 20
 
 
 def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial: str | None = None) -> Iterator[Event]:
@@ -44,14 +45,18 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
     torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.workers))
     torch.use_deterministic_algorithms(run.training.deterministic)
     state = initial_state(run, stage, start, accelerator.device, initial)
-    generator, discriminator = accelerator.prepare(state.generator, state.discriminator)
-    nets = Parallel(generator, discriminator, accelerator.num_processes, accelerator.no_sync)
+    workers = accelerator.num_processes
+    reduce = functools.partial(accelerator.reduce, reduction="sum") if workers > 1 else None
     rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution))
     images = Images.open(run.data, setting.resolution, decode_threads=torch.get_num_threads())
-    source = prefetch(batches(run, stage, images, state.images_seen, accelerator.process_index, nets.workers))
+    ahead = batches(run, stage, images, state.images_seen, accelerator.process_index, workers)
+    if accelerator.device.type == "cuda":
+        ahead = ([share.pinned() for share in shares] for shares in ahead)
+    source = prefetch(ahead)
     info = {"resolution": setting.resolution, "data": data_digest(run.data.shards, setting.resolution),
-            "workers": nets.workers, "micro_batch": setting.micro_batch, "threads": torch.get_num_threads()}
+            "workers": workers, "micro_batch": setting.micro_batch, "threads": torch.get_num_threads()}
     end = schedule.stage_span(stage)[1]
+    watch = Watch(setting.batch_size, state.images_seen, state.skipped.tolist())
     clock.seconds["setup"] = time.perf_counter() - clock.started
     with closing(images), closing(source):  # type: ignore[type-var]  # a generator has close()
         while state.images_seen < end:
@@ -62,7 +67,7 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
             with clock.measure("data"):
                 shares = [share.to(accelerator.device) for share in next(source)]
             with clock.measure("step"):
-                seen = train_step(state, nets, shares, moment, rules)
+                seen = train_step(state, shares, moment, rules, reduce)
             before, now = moment.images_seen, state.images_seen
             tick = run.tick_images or max(1, moment.phase.images // TICKS_PER_PHASE)
             ticks = before // tick != now // tick or now in (moment.phase.end, end)
@@ -70,6 +75,7 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
                 with clock.measure("log"):
                     summed = accelerator.reduce(torch.stack(list(seen.values())), reduction="sum")
                     figures = dict(zip(seen, summed.tolist(), strict=True))
+                    watch.look(now, state.skipped.tolist())
             if not accelerator.is_main_process:
                 continue
             if ticks:
@@ -80,9 +86,10 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
                 with clock.measure("save"):
                     path = checkpoint.save(Path(out) / "checkpoints", state,
                                            {**info, "phase": moment.phase.kind, "stage_end": now == end})
-                    retired = checkpoint.retire(path.parent, run.checkpoints.keep)
+                    retired = checkpoint.retire(path.parent, run.checkpoints.keep, now)
                 yield {"event": "checkpoint", "path": str(path), "images_seen": now, "stage_end": now == end,
-                       "resolution": setting.resolution, "retired": retired, "seconds": clock.last}
+                       "resolution": setting.resolution, "phase": moment.phase.kind, "retired": retired,
+                       "seconds": clock.last}
     if accelerator.is_main_process:
         yield {"event": "stage_end", "resolution": setting.resolution, "images_seen": end,
                "peak_memory_mb": peak_memory_mb(accelerator.device), **clock.totals()}
@@ -90,11 +97,13 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
 
 def new_accelerator(cpu: bool, workers: int) -> Accelerator:
     """The process group of this stage's workers. EnvironmentFault if Accelerate sees another number of them."""
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     if accelerator.num_processes != workers:
         raise EnvironmentFault(f"Accelerate sees {accelerator.num_processes} processes, the stage has {workers} "
                                "workers: each would train alone. Start as many processes, by gradine or torchrun.")
+    if not cpu and accelerator.device.type != "cuda":
+        raise EnvironmentFault("the stage asks for gpus, but torch sees no CUDA device in its worker. Install a CUDA "
+                               "build of torch, or set stages.*.gpus=0.")
     return accelerator
 
 
@@ -103,7 +112,7 @@ def leave_group() -> None:
 
     Without it gloo's threads are torn down by the interpreter's exit: seen to abort 3 of 22 times, all work done.
     """
-    gc.collect()  # what is left of the wrapped networks holds the group
+    gc.collect()  # what is left of the last stage holds the group
     PartialState().destroy_process_group()
 
 
@@ -137,6 +146,24 @@ def initial_state(run: Run, stage: int, start: str | None, device: torch.device,
             checkpoint.grow(state, files)
             state.skipped.copy_(torch.tensor(json.loads(files["state.json"])["skipped"]))
     return state
+
+
+class Watch:
+    """Stops a stage that stands still: 20 steps in a row whose updates of D, or of G, were all masked."""
+
+    def __init__(self, batch_size: int, images_seen: int, skipped: list[float]) -> None:
+        self.batch_size, self.since, self.before = batch_size, images_seen, skipped
+
+    def look(self, images_seen: int, skipped: list[float]) -> None:
+        """Raises EnvironmentFault; called at ticks, on every worker, with the counts all of them have."""
+        steps = (images_seen - self.since) // self.batch_size
+        masked = max(now - then for now, then in zip(skipped, self.before, strict=True))
+        if masked < steps:
+            self.since, self.before = images_seen, skipped
+        elif steps >= MASKED_IN_A_ROW:
+            raise EnvironmentFault(f"the last {steps} updates were all masked, their gradients are not finite: nothing "
+                                   "is learned any more. Branch off an earlier stage with a lower learning rate: "
+                                   "resume=RESOLUTION branch=new stages.<n>.learning_rate=...")
 
 
 class Stopwatch:

@@ -7,7 +7,6 @@ as detached tensors, and whoever logs them decides when to read them.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -19,6 +18,8 @@ from gradine.stages.growth import Moment
 from gradine.stages.losses import critic_loss, generator_loss, gradient_norm, gradient_penalty
 from gradine.stages.networks import Discriminator, Generator, box_downscale, upscale
 
+Reduce = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Share:
@@ -29,6 +30,10 @@ class Share:
     critic_latents: Tensor  # [n, latent_size], for D's update
     generator_latents: Tensor  # [n, latent_size], for G's
     mix: Tensor  # [n] in [0, 1): where between real and fake the penalty looks
+
+    def pinned(self) -> Share:
+        """In memory that a GPU copies from without the host waiting."""
+        return Share(*(tensor.pin_memory() for tensor in vars(self).values()))
 
     def to(self, device: torch.device) -> Share:
         return Share(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
@@ -45,16 +50,6 @@ class TrainState:
     discriminator_adam: torch.optim.Adam
     skipped: Tensor  # [2] updates masked because a gradient was not finite: of D, of G
     images_seen: int = 0
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """How the networks look to the forward pass of a share: themselves, or wrapped to reduce gradients over workers."""
-
-    generator: nn.Module
-    discriminator: nn.Module
-    workers: int = 1
-    no_sync: Callable[[nn.Module], contextlib.AbstractContextManager] = lambda _: contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -89,15 +84,15 @@ def prepare_reals(pixels: Tensor, mirrored: Tensor, alpha: float) -> Tensor:
     return torch.lerp(upscale(box_downscale(images)), images, alpha) if alpha < 1 else images
 
 
-def critic_objective(nets: Parallel, share: Share, alpha: float, rules: Rules) -> tuple[Tensor, dict[str, Tensor]]:
+def critic_objective(state: TrainState, share: Share, alpha: float, rules: Rules) -> tuple[Tensor, dict[str, Tensor]]:
     """D's loss summed over the share's rows, and sums of what one wants to see."""
     reals = prepare_reals(share.reals, share.mirrored, alpha)
     with torch.no_grad():
-        fakes = nets.generator(share.critic_latents, alpha)
-    real_scores = nets.discriminator(reals, alpha)
-    fake_scores = nets.discriminator(fakes, alpha)
+        fakes = state.generator(share.critic_latents, alpha)
+    real_scores = state.discriminator(reals, alpha)
+    fake_scores = state.discriminator(fakes, alpha)
     mixed = torch.lerp(reals, fakes, share.mix.view(-1, 1, 1, 1))
-    norm = gradient_norm(lambda images: nets.discriminator(images, alpha), mixed) / rules.penalty_divisor
+    norm = gradient_norm(lambda images: state.discriminator(images, alpha), mixed) / rules.penalty_divisor
     penalty = gradient_penalty(norm, rules.penalty_weight, rules.penalty_target)
     loss = (critic_loss(real_scores, fake_scores, rules.drift) + penalty).sum()
     seen = {"loss_d": loss, "score_real": real_scores.sum(), "score_fake": fake_scores.sum(),
@@ -105,40 +100,53 @@ def critic_objective(nets: Parallel, share: Share, alpha: float, rules: Rules) -
     return loss, seen
 
 
-def generator_objective(nets: Parallel, score: nn.Module, share: Share,
-                        alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """G's loss summed over the share's rows; D is used bare, so that nothing of it is reduced or updated."""
-    loss = generator_loss(score(nets.generator(share.generator_latents, alpha), alpha)).sum()
+def generator_objective(state: TrainState, share: Share, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """G's loss summed over the share's rows."""
+    loss = generator_loss(state.discriminator(state.generator(share.generator_latents, alpha), alpha)).sum()
     return loss, {"loss_g": loss}
 
 
-def train_step(state: TrainState, nets: Parallel, shares: list[Share], moment: Moment,
-               rules: Rules) -> dict[str, Tensor]:
-    """Updates `state` by one step at `moment`; returns this worker's part of the batch means, detached."""
+def train_step(state: TrainState, shares: list[Share], moment: Moment, rules: Rules,
+               reduce: Reduce | None = None) -> dict[str, Tensor]:
+    """Updates `state` by one step at `moment`; returns this worker's part of the batch means, detached.
+
+    `reduce` sums a tensor over all workers; None: there is but one.
+    """
     batch, alpha = moment.phase.batch_size, moment.alpha
     seen: dict[str, Tensor] = {}
 
-    def accumulate(network: nn.Module, wrapped: nn.Module, objective: Callable) -> None:
+    def accumulate(network: nn.Module, objective: Callable[[Share], tuple[Tensor, dict[str, Tensor]]]) -> None:
         network.zero_grad(set_to_none=True)
-        for index, share in enumerate(shares):
-            last = index == len(shares) - 1
-            with contextlib.nullcontext() if last else nets.no_sync(wrapped):
-                with torch.autocast(share.mix.device.type, rules.autocast, enabled=rules.autocast is not None):
-                    loss, figures = objective(share)
-                # the wrapper averages over workers, the loss is a sum over all of them
-                (loss * (nets.workers / batch)).backward(inputs=list(network.parameters()))
+        for share in shares:
+            with torch.autocast(share.mix.device.type, rules.autocast, enabled=rules.autocast is not None):
+                loss, figures = objective(share)
+            # gradients of this network only: those of the other player are neither computed nor kept
+            (loss / batch).backward(inputs=list(network.parameters()))
             for name, figure in figures.items():
                 seen[name] = seen.get(name, 0) + figure.detach() / batch
+        if reduce:
+            reduce_gradients(network, reduce)
 
-    accumulate(state.discriminator, nets.discriminator, lambda share: critic_objective(nets, share, alpha, rules))
+    accumulate(state.discriminator, lambda share: critic_objective(state, share, alpha, rules))
     finite_d = masked_update(state.discriminator_adam, moment.learning_rate)
-    accumulate(state.generator, nets.generator,
-               lambda share: generator_objective(nets, state.discriminator, share, alpha))
+    accumulate(state.generator, lambda share: generator_objective(state, share, alpha))
     finite_g = masked_update(state.generator_adam, moment.learning_rate)
     update_average(state.average, state.generator, (1 - rules.average_decay) * finite_g)
     state.skipped += 1 - torch.stack([finite_d, finite_g])
     state.images_seen += batch
     return seen
+
+
+def reduce_gradients(network: nn.Module, reduce: Reduce) -> None:
+    """Sums every gradient over the workers, as one vector in the order of the parameters.
+
+    Data-parallel wrappers choose their buckets anew after the first step, and with three workers or more the order of
+    a sum depends on its place in a bucket: a resumed run would then differ from the unbroken one.
+    """
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    summed = reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view(gradient.shape))
 
 
 def masked_update(adam: torch.optim.Adam, learning_rate: float) -> Tensor:

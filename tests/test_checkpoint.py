@@ -21,7 +21,7 @@ from safetensors import safe_open
 from gradine.configs.schema import EnvironmentFault, Run, UserError, from_dict
 from gradine.stages import checkpoint, growth
 from gradine.stages.loop import initial_state
-from gradine.stages.step import Parallel, Rules, Share, TrainState, new_adam, train_step
+from gradine.stages.step import Rules, Share, TrainState, new_adam, train_step
 
 CPU = torch.device("cpu")
 FILES = ("generator.safetensors", "discriminator.safetensors", "average.safetensors", "optimizers.safetensors",
@@ -50,8 +50,7 @@ def step(state: TrainState, stage: int, seed: int, broken: bool = False) -> None
     (share,) = shares(seed, RUN.stages[stage].resolution)
     if broken:
         share = Share(share.reals, share.mirrored, share.critic_latents * torch.nan, share.generator_latents, share.mix)
-    nets = Parallel(state.generator, state.discriminator)
-    train_step(state, nets, [share], growth.at(growth.schedule(RUN), state.images_seen), Rules.of(RUN, 8, 1))
+    train_step(state, [share], growth.at(growth.schedule(RUN), state.images_seen), Rules.of(RUN, 8, 1))
 
 
 def trained(stage: int = 1, steps: int = 3) -> TrainState:
@@ -444,17 +443,17 @@ def test_a_damaged_checkpoint_is_moved_aside_by_the_valid_one_that_takes_its_nam
     assert names(tmp_path) == [valid.name, *(f"{valid.name}.damaged-{n}" for n in range(3))]
     assert checkpoint.read(valid)["weights"] == b"w"
     assert [c.path for c in checkpoint.find(tmp_path)[0]] == [str(valid)]
-    assert checkpoint.retire(tmp_path, keep=1) == []
+    assert checkpoint.retire(tmp_path, 1, now=10**9) == []
     assert valid.is_dir()
 
 
 def test_retiring_keeps_the_newest_and_every_stages_end(tmp_path: Path) -> None:
     for images, stage_end in ((40, False), (80, True), (120, False), (160, False), (200, False), (240, True)):
         small(tmp_path, images, stage_end)
-    assert checkpoint.retire(tmp_path, keep=2) == ["r0008-hold-000000040", "r0008-hold-000000120"]
+    assert checkpoint.retire(tmp_path, 2, now=10**9) == ["r0008-hold-000000040", "r0008-hold-000000120"]
     assert [c.images_seen for c in checkpoint.find(tmp_path)[0]] == [80, 160, 200, 240]
-    assert checkpoint.retire(tmp_path, keep=2) == []
-    assert checkpoint.retire(tmp_path, keep=1) == ["r0008-hold-000000160"]
+    assert checkpoint.retire(tmp_path, 2, now=10**9) == []
+    assert checkpoint.retire(tmp_path, 1, now=10**9) == ["r0008-hold-000000160"]
     assert names(tmp_path) == [f"r0008-hold-{n:09d}" for n in (80, 200, 240)]
 
 
@@ -469,7 +468,7 @@ def test_a_retirement_cut_short_leaves_an_orphan_and_no_half_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.retire(tmp_path, keep=1)
+            checkpoint.retire(tmp_path, 1, now=10**9)
     found, damaged = checkpoint.find(tmp_path)
     assert [c.images_seen for c in found] == [80]
     assert damaged == []
@@ -535,3 +534,17 @@ def test_a_fresh_adam_takes_up_the_moments_and_the_step_it_was_saved_with(saved:
     assert steps == {3.0}
     assert {float(m["step"]) for m in state.discriminator_adam.state.values()} == {2.0}  # one update was masked
     assert not new_adam(state.generator, RUN).state
+
+
+def test_retention_keeps_what_was_just_written_though_later_damaged_ones_lie_beside_it(tmp_path: Path) -> None:
+    """A resume that passed over damaged later checkpoints saves at fewer images than they claim."""
+    def made(seen: int) -> None:
+        state = {"schema": 1, "resolution": 8, "phase": "hold", "images_seen": seen, "stage_end": False}
+        checkpoint.commit(tmp_path, tmp_path / f"r0008-hold-{seen:09d}", {"state.json": json.dumps(state).encode()})
+
+    for seen in (5000, 6000, 1000):
+        made(seen)
+    assert checkpoint.retire(tmp_path, 1, now=1000) == []
+    made(2000)
+    assert checkpoint.retire(tmp_path, 1, now=2000) == ["r0008-hold-000001000"]
+    assert (tmp_path / "r0008-hold-000002000").is_dir()

@@ -129,7 +129,8 @@ def test_stages_of_other_lengths_round_up_to_whole_batches() -> None:
 # ---- What may change when a run goes on
 
 
-SAFE = {"resume": "8", "branch": "new", "init_from": "x", "tick_images": 5, "runs": "elsewhere", "checkpoints.keep": 7,
+SAFE = {"resume": "8", "branch": "new", "stages.1.threads": 4,
+        "tick_images": 5, "runs": "elsewhere", "checkpoints.keep": 7,
         "checkpoints.every_images": 40, "evaluation.count": 100, "evaluation.when": "end", "ray.address": "auto",
         "data.source": "moved", "data.shards": "moved", "data.cache_gb": 0.5, "data.cache_dir": "/tmp",
         "data.max_rejected_share": 0.5, "stages.1.workers": 2, "stages.1.micro_batch": 4, "stages.1.cpus": 2.0,
@@ -137,7 +138,7 @@ SAFE = {"resume": "8", "branch": "new", "init_from": "x", "tick_images": 5, "run
 UNSAFE = {"training.seed": 1, "training.precision": "bfloat16", "training.channels_last": True, "training.beta2": 0.9,
           "training.mirror": False, "training.average_half_life": 5, "network.latent_size": 16, "network.fmap_max": 4,
           "data.crop": "none", "data.labels": "none", "data.shard_images": 7, "stages.0.batch_size": 16,
-          "stages.2.hold_images": 160, "stages.1.learning_rate": 0.5, "stages.1.fade_images": 0, "stages.1.threads": 4}
+          "stages.2.hold_images": 160, "stages.1.learning_rate": 0.5, "stages.1.fade_images": 0, "init_from": "x"}
 
 
 @pytest.mark.parametrize("key", SAFE)

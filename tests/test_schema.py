@@ -320,7 +320,7 @@ def test_the_way_out_of_a_bad_worker_count_is_itself_accepted(batch: int, worker
 
 def test_settings_without_a_default_must_be_given(tmp_path: Path) -> None:
     message = refusal(written(tmp_path / "a.yaml", "data: {shards: x}\nstages:\n  - {batch_size: 8}\n"))
-    for name in ("name", "data.source", "stages[0].resolution"):
+    for name in ("name", "data.source", "stages.0.resolution"):
         assert name in message
     assert "data.shards" not in message
     assert "must be set" in message

@@ -1,10 +1,9 @@
 """Claims about one training step, against a slow one written out here: float64, one undivided batch, Adam by hand."""
 
-import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from gradine.configs.schema import Network, Run, from_dict
 from gradine.stages.growth import Moment, Phase, share_rows
 from gradine.stages.networks import Discriminator, Generator, initialise
 from gradine.stages.step import (
-    Parallel,
     Rules,
     Share,
     TrainState,
@@ -70,15 +68,11 @@ def split(batch: Share, micro: int) -> list[Share]:
             for low in range(0, groups, step)]
 
 
-def bare(state: TrainState, workers: int = 1) -> Parallel:
-    return Parallel(state.generator, state.discriminator, workers)
-
-
 def step(state: TrainState, shares: Share | list[Share], **at: Any) -> dict[str, Tensor]:
     shares = shares if isinstance(shares, list) else [shares]
     batch = at.pop("batch", sum(len(share.mix) for share in shares))
     rules = at.pop("rules", RULES)
-    return train_step(state, bare(state, at.pop("workers", 1)), shares, moment(batch, **at), rules)
+    return train_step(state, shares, moment(batch, **at), rules)
 
 
 def values(net: nn.Module) -> dict[str, Tensor]:
@@ -241,64 +235,44 @@ def test_a_split_that_cuts_groups_would_have_shown() -> None:
     assert (a - b).norm() > 1e-4 * a.norm()
 
 
-def test_the_mean_of_two_workers_gradients_is_that_of_the_whole_batch() -> None:
-    """What a data-parallel wrapper does: each worker has half of the groups, gradients are averaged."""
+def test_the_sum_of_two_workers_gradients_is_that_of_the_whole_batch() -> None:
+    """Each worker has half of the groups."""
     batch, whole = batch_of(16), new_state()
     step(whole, batch, rate=0.0)
     halves = [new_state() for _ in range(2)]
     for state, rank in zip(halves, range(2), strict=True):
-        step(state, split(batch, 4)[rank * 2:rank * 2 + 2], batch=16, workers=2, rate=0.0)
+        step(state, split(batch, 4)[rank * 2:rank * 2 + 2], batch=16, rate=0.0)
     for net in ("discriminator", "generator"):
         first, second = (gradients(getattr(state, net)) for state in halves)
         for name, expected in gradients(getattr(whole, net)).items():
-            got = (first[name] + second[name]) / 2
+            got = first[name] + second[name]
             assert (got - expected).abs().max() <= 1e-6 * max(1, expected.abs().max()), (net, name)
 
 
 def test_the_figures_of_two_workers_add_up_to_the_batch_means() -> None:
     batch = batch_of(16)
     whole = step(new_state(), batch, rate=0.0)
-    parts = [step(new_state(), split(batch, 8)[rank], batch=16, workers=2, rate=0.0) for rank in range(2)]
+    parts = [step(new_state(), split(batch, 8)[rank], batch=16, rate=0.0) for rank in range(2)]
     assert len(whole) == 6
     for name, figure in whole.items():
         assert sum(p[name].item() for p in parts) == pytest.approx(figure.item(), rel=1e-5, abs=1e-6)
 
 
-def test_gradients_are_reduced_once_per_network_at_the_last_share() -> None:
-    calls: list[str] = []
-    state = new_state()
+def test_gradients_are_reduced_once_per_network_as_one_vector_in_the_parameters_order() -> None:
+    state, plain = new_state(), new_state()
+    vectors: list[Tensor] = []
 
-    @contextlib.contextmanager
-    def no_sync(net: nn.Module) -> Iterator[None]:
-        calls.append("D alone" if net is state.discriminator else "G alone")
-        yield
-        calls.append("end")
+    def double(vector: Tensor) -> Tensor:
+        vectors.append(vector.clone())
+        return vector * 2
 
-    for network, name in ((state.discriminator, "D"), (state.generator, "G")):
-        first = next(network.parameters())
-        first.register_post_accumulate_grad_hook(lambda _, name=name: calls.append(f"{name} gradient"))
-    nets = Parallel(state.generator, state.discriminator, 1, no_sync)
-    train_step(state, nets, split(batch_of(12), 4), moment(12), RULES)
-    assert calls == (["D alone", "D gradient", "end"] * 2 + ["D gradient"]
-                     + ["G alone", "G gradient", "end"] * 2 + ["G gradient"])
-
-
-def test_the_generators_phase_uses_the_discriminator_without_its_wrapper() -> None:
-    """A data-parallel wrapper expects a backward pass that reduces: in G's phase none follows for D."""
-    class Wrapper(nn.Module):
-        def __init__(self, net: nn.Module) -> None:
-            super().__init__()
-            self.net, self.calls = net, 0
-
-        def forward(self, *args: Any) -> Tensor:
-            self.calls += 1
-            return self.net(*args)
-
-    state = new_state()
-    g, d = Wrapper(state.generator), Wrapper(state.discriminator)
-    train_step(state, Parallel(g, d), [batch_of(8)], moment(8), RULES)
-    assert d.calls == 3  # reals, fakes, in between
-    assert g.calls == 2
+    train_step(plain, split(batch_of(12), 4), moment(12, rate=0.0), RULES)
+    train_step(state, split(batch_of(12), 4), moment(12, rate=0.0), RULES, double)
+    for vector, part in zip(vectors, ("discriminator", "generator"), strict=True):
+        alone, reduced = (list(gradients(getattr(s, part)).values()) for s in (plain, state))
+        assert torch.equal(vector, torch.cat([g.flatten() for g in alone]))
+        for one, two in zip(alone, reduced, strict=True):
+            assert torch.equal(2 * one, two)
 
 
 # ---- The reals
