@@ -153,7 +153,7 @@ class Checkpoints:
 class Evaluation:
     """Metrics of the averaged generator at each stage's end, in a Ray task beside the training."""
 
-    when: str = "stage"  # `stage`: at each stage's end; `checkpoint`: at every checkpoint too; `end`: after training
+    when: str = "stage"  # `stage`: at its end; `checkpoint`: at those still kept by their turn; `end`: after training
     count: int = 20_000  # images per set at most; half of the reals, and 16,384 for SWD, are other bounds
     memory_gb: float = 8.0  # the images of two sets fit in this, or the count is lowered
     untrained: bool = True  # score an untrained generator too, to see how far the training came

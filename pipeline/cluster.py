@@ -6,6 +6,7 @@ Accelerate takes it from there. A group starts in about 4 s and is reused by con
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import socket
@@ -44,9 +45,9 @@ def connected(run: Run) -> Iterator[dict[str, float]]:
             raise EnvironmentFault(f"no Ray cluster at ray.address={address!r}: {' '.join(str(error).split())[:200]}. "
                                    "Start one, or leave ray.address empty for a Ray of our own.") from error
     else:
-        cpus = max(stage.workers * stage.cpus for stage in run.stages)
+        cpus = max(stage.workers * stage.cpus for stage in run.stages) + run.evaluation.cpus
         try:
-            ray.init(address="local", num_cpus=int(cpus + run.evaluation.cpus + 0.999), include_dashboard=False,
+            ray.init(address="local", num_cpus=max(math.ceil(cpus), os.cpu_count() or 1), include_dashboard=False,
                      log_to_driver=False, configure_logging=False, object_store_memory=200 << 20)
         except (OSError, RuntimeError, ValueError) as error:
             raise EnvironmentFault(f"no Ray could be started here: {' '.join(str(error).split())[:200]}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,7 @@ def shard_images(data: Data, resolution: int, address: str) -> None:
     require(resolution >= 4 and is_power_of_two(resolution),
             f"--resolution={resolution} must be a power of two from 4 up, e.g. 256.")
     locate(data.source)
-    stage = Stage(resolution=4, cpus=os.cpu_count() or 1)  # only to size the Ray: every core decodes
-    alone = Run(name="shards", data=data, stages=[stage], ray=Cluster(address=address))
+    alone = Run(name="shards", data=data, stages=[Stage(resolution=4)], ray=Cluster(address=address))
     with connected(alone), Progress() as bar:
         task = bar.add_task("sharding", total=None)
         summary = shard(data, resolution, lambda done, total: bar.update(task, completed=done, total=total))

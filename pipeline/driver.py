@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -63,7 +64,7 @@ def settle(run: Run, folder: RunDir) -> tuple[Run, planning.Plan]:
             damaged.append(str(error))
             found.remove(plan.start)
     if damaged:
-            plan = replace(plan, reason=plan.reason + "".join(f"; passed over: {line}" for line in damaged))
+        plan = replace(plan, reason=plan.reason + "".join(f"; passed over: {line}" for line in damaged))
     return run, plan
 
 
@@ -106,38 +107,37 @@ def open_run(run: Run, folder: RunDir, plan: planning.Plan, shown: Display) -> N
     for orphan in (*checkpoint.remove_orphans(folder.checkpoints), *checkpoint.remove_orphans(folder.path)):
         shown.say(f"removed {orphan}, left by a save that was cut short", "yellow")
     pin_data(run, folder)
-    if plan.branch:
-        supersede(folder, plan)
+    aside = supersede(folder, plan) if plan.branch else None
     if run.init_from and not folder.initial.exists() and not plan.start:
         copy_initial(run, folder, shown)
     write_atomic(folder.config, dump(run).encode())
-    if plan.branch:  # recorded last: until then the same command branches again
+    if aside:  # recorded last: until then the same command branches again
         folder.record("branch", resolution=plan.branch, images_seen=plan.images_seen,
-                      superseded=[later.name for later in plan.superseded])
+                      superseded=str(aside.relative_to(folder.path)))
     where = plan.start.name if plan.start else "nothing"
     folder.record("resume", images_seen=plan.images_seen, start=plan.start.name if plan.start else None,
                   reason=plan.reason)
     shown.say(f"resume: from {where} ({plan.reason}){'' if plan.stages else '; nothing is left to train'}")
 
 
-def supersede(folder: RunDir, plan: planning.Plan) -> None:
-    """Moves what came after the branch point to superseded/<n>/, by rename; nothing is deleted."""
+def supersede(folder: RunDir, plan: planning.Plan) -> Path:
+    """Moves what came after the branch point to superseded/<n>/, by rename; nothing is deleted. -> that folder."""
     number = next(n for n in range(1, 10**6) if not (folder.superseded / str(n)).exists())
     aside = folder.superseded / str(number)
     (aside / "checkpoints").mkdir(parents=True)
     (aside / "samples").mkdir()
     shutil.copy2(folder.config, aside / "config.yaml")
-    metrics = folder.lines("metrics.jsonl")
-    if metrics:
-        (folder.path / "metrics.jsonl").rename(aside / "metrics.jsonl")
-        for row in metrics:
-            if row["images_seen"] <= plan.images_seen:
-                folder.append("metrics.jsonl", row)
+    metrics = folder.path / "metrics.jsonl"
+    if metrics.is_file():
+        shutil.copy2(metrics, aside / "metrics.jsonl")
+        kept = [row for row in folder.lines("metrics.jsonl") if row["images_seen"] <= plan.images_seen]
+        write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
     for later in plan.superseded:
         Path(later.path).rename(aside / "checkpoints" / later.name)
     for sample in folder.samples.glob("r*-[0-9]*.png"):
         if int(sample.stem.split("-")[1]) > plan.images_seen:
             sample.rename(aside / "samples" / sample.name)
+    return aside
 
 
 def copy_initial(run: Run, folder: RunDir, shown: Display) -> None:
@@ -192,7 +192,8 @@ class Session:
         self.schedule = growth.schedule(run)
         self.group: Group | None = None
         self.grouped_for: int | None = None
-        self.board = Board(folder.path / "tensorboard")
+        session = sum(line["event"] == "start" for line in folder.lines("ledger.jsonl"))
+        self.board = Board(folder.path / "tensorboard" / f"session-{session}")  # a resume may go over the same images
         self.evaluations = Evaluations(run, folder, shown, self.board)
 
     def train(self, plan: planning.Plan) -> None:

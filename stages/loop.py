@@ -46,6 +46,7 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
     torch.use_deterministic_algorithms(run.training.deterministic)
     state = initial_state(run, stage, start, accelerator.device, initial)
     workers = accelerator.num_processes
+    refuse_unequal_starts(accelerator, state)
     reduce = functools.partial(accelerator.reduce, reduction="sum") if workers > 1 else None
     rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution))
     images = Images.open(run.data, setting.resolution, decode_threads=torch.get_num_threads())
@@ -105,6 +106,15 @@ def new_accelerator(cpu: bool, workers: int) -> Accelerator:
         raise EnvironmentFault("the stage asks for gpus, but torch sees no CUDA device in its worker. Install a CUDA "
                                "build of torch, or set stages.*.gpus=0.")
     return accelerator
+
+
+def refuse_unequal_starts(accelerator: Accelerator, state: TrainState) -> None:
+    """EnvironmentFault if the workers hold different weights: their gradients would be summed all the same."""
+    parameters = [p for net in (state.generator, state.discriminator, state.average) for p in net.parameters()]
+    total = torch.stack([p.detach().double().abs().sum() for p in parameters]).sum()
+    if len(set(accelerator.gather(total[None]).tolist())) > 1:
+        raise EnvironmentFault("the workers of this stage start from different weights: not all see the same run "
+                               "folder, or not the same versions of gradine and torch. Make these equal on all nodes.")
 
 
 def leave_group() -> None:

@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
+
 from gradine.configs.schema import load
 from gradine.pipeline.plan import make_plan
 from gradine.stages import checkpoint
@@ -17,8 +19,9 @@ from gradine.stages.loop import leave_group, run_stage
 
 def main(config: str, out: str) -> None:
     run = load(config)
+    PartialState(cpu=True)
     for stage in make_plan(run, checkpoint.find(Path(out) / "checkpoints")[0]).stages:
-        # every rank reads the same start: nothing is written between a stage's last checkpoint and here
+        PartialState().wait_for_everyone()  # rank 0 has written the last stage's end: all start from it
         start = make_plan(run, checkpoint.find(Path(out) / "checkpoints")[0]).start
         for event in run_stage(run, stage, start.path if start else None, out):
             print(json.dumps(event), flush=True)

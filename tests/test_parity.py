@@ -83,6 +83,18 @@ def test_two_workers_equal_one_that_accumulates_to_the_bit_after_200_steps(tiny_
     assert all(event["penalty"] > 0 for event in events if event["event"] == "tick")
 
 
+def test_workers_that_start_from_different_weights_are_refused(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    runs = [tiny_run({**SCHEDULE, "stages.*.workers": 2, "training.seed": seed}) for seed in (0, 1)]
+    ranks = [start(run, tmp_path / "out", rank, 2, port) for rank, run in enumerate(runs)]
+    for process in ranks:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert "start from different weights" in err
+
+
 def test_other_splits_follow_the_same_path_at_first(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
     short = {**SCHEDULE, "stages.0.hold_images": 8, "stages.0.micro_batch": 0}
     events = [next(e for e in finish_all(tiny_run({**short, **split}), tmp_path / name, 1) if e["event"] == "tick")

@@ -2,7 +2,7 @@
 
 Reads the ledger of RUN, or trains the demo with a tenth of its images in a temporary folder. Every figure is a ratio of
 times of one and the same run, or a wait between two of its stages. Bars: steps at least 95 % of the last stage's wall
-time, waiting for data under 2 %, at most 1 s from one stage to the next where they share a group.
+time (on a GPU: of the host's), waiting for data under 2 %, at most 1 s from a stage to the next in a shared group.
 """
 
 from __future__ import annotations
