@@ -78,12 +78,11 @@ def chosen(path: Path, name: str) -> tuple[RunDir, Run, checkpoint.Checkpoint, d
     if name:
         found = [c for c in found if c.name == name]
         require(bool(found), f"{path} has no checkpoint {name!r}. Look into {folder.checkpoints}.")
-    for candidate in reversed(found):
-        try:
-            return folder, run, candidate, checkpoint.read(candidate.path)
-        except checkpoint.Damaged as error:
-            damaged.append(str(error))
-    raise UserError(f"{path} has no valid checkpoint{': ' + '; '.join(damaged) if damaged else ' yet'}.")
+    newest, passed_over = checkpoint.newest_valid(found)
+    if newest is None:
+        damaged += passed_over
+        raise UserError(f"{path} has no valid checkpoint{': ' + '; '.join(damaged) if damaged else ' yet'}.")
+    return folder, run, *newest
 
 
 def evaluate_run(path: Path, name: str) -> None:

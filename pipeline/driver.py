@@ -9,7 +9,6 @@ import shutil
 import socket
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def run_folder(run: Run) -> RunDir:
 
 
 def absolute(run: Run) -> Run:
-    """Paths that hold in every process, whatever folder it runs in; threads and micro-batches written out."""
+    """Paths that hold in every process, whatever folder it runs in."""
     data = replace(run.data, shards=str(Path(run.data.shards).expanduser().absolute()),
                    cache_dir=str(Path(run.data.cache_dir).expanduser().absolute()))
     return replace(run, data=data, runs=str(Path(run.runs).expanduser().absolute()))
@@ -143,13 +142,13 @@ def supersede(folder: RunDir, plan: planning.Plan) -> Path:
 def copy_initial(run: Run, folder: RunDir, shown: Display) -> None:
     """Keeps the newest valid checkpoint of `init_from` in the run folder: later stages draw new layers from it."""
     found, _ = checkpoint.find(RunDir(run.init_from).checkpoints)
-    for source in reversed(found):
-        with suppress(checkpoint.Damaged):
-            files = checkpoint.read(source.path)
-            checkpoint.commit(folder.path, folder.initial, files)
-            shown.say(f"weights start from {source.path}")
-            return
-    raise UserError(f"init_from={run.init_from!r} holds no valid checkpoint. Give the folder of a run, e.g. runs/NAME.")
+    newest, _ = checkpoint.newest_valid(found)
+    if newest is None:
+        raise UserError(f"init_from={run.init_from!r} holds no valid checkpoint. Give the folder of a run, e.g. "
+                        "runs/NAME.")
+    source, files = newest
+    checkpoint.commit(folder.path, folder.initial, files)
+    shown.say(f"weights start from {source.path}")
 
 
 def pin_data(run: Run, folder: RunDir) -> None:
@@ -271,13 +270,10 @@ class Session:
             self.group = None
 
     def newest(self) -> checkpoint.Checkpoint | None:
-        for candidate in reversed(checkpoint.find(self.folder.checkpoints)[0]):
-            try:
-                checkpoint.read(candidate.path)
-                return candidate
-            except checkpoint.Damaged as error:
-                self.shown.say(f"passed over: {error}", "yellow")
-        return None
+        newest, damaged = checkpoint.newest_valid(checkpoint.find(self.folder.checkpoints)[0])
+        for line in damaged:
+            self.shown.say(f"passed over: {line}", "yellow")
+        return newest[0] if newest else None
 
 
 def versions() -> dict[str, str]:

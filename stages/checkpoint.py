@@ -160,6 +160,17 @@ def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
     return sorted(found, key=lambda c: (c.images_seen, c.resolution)), damaged
 
 
+def newest_valid(found: list[Checkpoint]) -> tuple[tuple[Checkpoint, dict[str, bytes]] | None, list[str]]:
+    """The last of `found` that is valid, with its files, or None; and a line for each damaged one passed over."""
+    damaged: list[str] = []
+    for candidate in reversed(found):
+        try:
+            return (candidate, read(candidate.path)), damaged
+        except Damaged as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
 def retire(folder: Path, keep: int, now: int) -> list[str]:
     """Deletes checkpoints inside stages up to images_seen `now` but the newest `keep`; never a stage's final one.
 

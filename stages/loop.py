@@ -150,11 +150,12 @@ def initial_state(run: Run, stage: int, start: str | None, device: torch.device,
         checkpoint.grow(state, checkpoint.read(initial))
     if start:
         files = checkpoint.read(start)
-        if checkpoint.describe(Path(start)).resolution == resolution:
+        info = json.loads(files["state.json"])
+        if info["resolution"] == resolution:
             checkpoint.restore(state, files)
         else:
             checkpoint.grow(state, files)
-            state.skipped.copy_(torch.tensor(json.loads(files["state.json"])["skipped"]))
+            state.skipped.copy_(torch.tensor(info["skipped"]))
     return state
 
 
