@@ -18,26 +18,6 @@ from typing import Any
 from gradine.configs.schema import UserError
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """The whole new file or the old one, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)  # on a full disk its bytes are missed
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class RunDir:
     """Paths and files of one run."""
 

@@ -1,8 +1,7 @@
-"""Claims about the run folder: whole files, one holder, a ledger that outlives a kill."""
+"""Claims about the run folder: one holder, a ledger that outlives a kill."""
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -13,49 +12,7 @@ from pathlib import Path
 import pytest
 
 from gradine.configs.schema import UserError
-from gradine.pipeline.run_dir import RunDir, write_atomic
-
-
-def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "folder" / "file"
-    write_atomic(target, b"old" * 1000)
-    reader = target.open("rb")
-    write_atomic(target, b"new")
-    assert target.read_bytes() == b"new"
-    assert reader.read() == b"old" * 1000  # who had it open still reads the old one: it was replaced, not overwritten
-    reader.close()
-    assert [p.name for p in target.parent.iterdir()] == ["file"]
-
-
-def test_the_old_file_stays_alone_if_the_disk_fails_in_mid_write(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    target = tmp_path / "file"
-    write_atomic(target, b"old")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_the_content_is_on_the_disk_before_it_has_its_name_and_the_name_after(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, bool]] = []
-    sync, target = os.fsync, tmp_path / "file"
-
-    def watched(descriptor: int) -> None:
-        seen.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), target.exists()))
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", watched)
-    write_atomic(target, b"x")
-    (first, named_then), (second, named_after) = seen
-    assert first.startswith(f"{target}.")
-    assert (named_then, second, named_after) == (False, str(tmp_path), True)
-
+from gradine.pipeline.run_dir import RunDir
 
 # ---- The lock
 
