@@ -13,7 +13,8 @@ from gradine.stages.checkpoint import Checkpoint
 
 # Settings that may differ between a run and its resumption: they change what is kept and shown, not what is trained.
 SAFE = ("resume", "preset", "branch", "tick_images", "runs", "checkpoints.", "evaluation.", "ray.",
-        "data.source", "data.shards", "data.cache_gb", "data.cache_dir", "data.max_rejected_share")
+        "data.source", "data.shards", "data.cache_gb", "data.cache_dir", "data.max_rejected_share",
+        "data.download_gb", "data.deadline_s")
 SAFE_OF_A_STAGE = ("workers", "micro_batch", "threads", "cpus", "gpus")  # the order of sums, not what is summed
 MACS_PER_IMAGE_AND_STEP = 18  # of one forward: G 1 + 3, D 3 + 1 + 4 + 4 + 2 (penalty's second backward included)
 ASSUMED_GMACS = {"cpu": 60.0, "gpu": 6_000.0}  # a second, per core or GPU, where nothing was measured yet
@@ -117,12 +118,16 @@ def same_group(a: Stage, b: Stage) -> bool:
 
 def memory_gb(run: Run, stage: Stage) -> float:
     """Rough device memory of one worker's step: weights, gradients, moments and average, and kept feature maps."""
-    weights = growth.parameters(run.network, stage.resolution) * 4 * (4 + 4 + 1)
+    weights = growth.parameters(run.network, stage.resolution, run.data.channels) * 4 * (4 + 4 + 1)
     micro = stage.micro_batch or stage.batch_size // stage.workers
     width = 2 if run.training.precision == "bfloat16" else 4
     # D keeps the maps of three forwards; the penalty's double backward keeps as much again
     maps = growth.activation_floats(run.network, stage.resolution) * micro * width * 3 * 4
     return (weights + maps) / 1e9
+
+
+def macs_per_image(run: Run, resolution: int) -> int:
+    return growth.macs_per_image(run.network, resolution, run.data.channels)
 
 
 def table(run: Run, plan: Plan, measured: dict[int, float]) -> list[dict[str, Any]]:
@@ -134,7 +139,7 @@ def table(run: Run, plan: Plan, measured: dict[int, float]) -> list[dict[str, An
         left = max(0, last - max(first, plan.images_seen))
         device = "gpu" if stage.gpus else "cpu"
         units = stage.workers * (max(1.0, stage.gpus) if stage.gpus else max(1, stage.threads))
-        step_macs = MACS_PER_IMAGE_AND_STEP * growth.macs_per_image(run.network, stage.resolution)
+        step_macs = MACS_PER_IMAGE_AND_STEP * macs_per_image(run, stage.resolution)
         rate = measured.get(stage.resolution) or ASSUMED_GMACS[device] * 1e9 * units / step_macs
         rows.append({
             "resolution": stage.resolution, "batch_size": stage.batch_size, "learning_rate": stage.learning_rate,
@@ -157,6 +162,6 @@ def seconds_left(run: Run, images_seen: int, rates: dict[int, float]) -> float:
         if not rates:
             return math.nan
         known = min(rates, key=lambda size: abs(math.log2(size / stage.resolution)))
-        work = (growth.macs_per_image(run.network, stage.resolution) / growth.macs_per_image(run.network, known))
+        work = macs_per_image(run, stage.resolution) / macs_per_image(run, known)
         total += left * work / rates[known]
     return total

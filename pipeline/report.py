@@ -24,8 +24,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from gradine.configs.schema import Run, dump, from_dict, require
-from gradine.pipeline.run_dir import RunDir, write_atomic
+from gradine.pipeline.run_dir import RunDir
 from gradine.stages import growth
+from gradine.stages.store import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

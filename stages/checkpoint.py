@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gradine.configs.schema import EnvironmentFault, UserError
+from gradine.configs.schema import EnvironmentFault, Run, UserError
 from gradine.stages.step import TrainState, non_finite_tensors
 
 SCHEMA = 1
@@ -248,6 +248,15 @@ def grow(state: TrainState, files: dict[str, bytes]) -> None:
                 raise UserError(f"{role}.{name} is {list(tensor.shape)} in the starting weights, "
                                 f"{list(own[name].shape)} here. Use the same network settings.")
         network.load_state_dict(shared, strict=False)
+
+
+def refuse_other_channels(run: Run, files: dict[str, bytes]) -> None:
+    """UserError for another run's weights that are of other images: a stage without a shared to-RGB would not tell."""
+    biases = (tensor for name, tensor in load_tensors(files, "average").items()
+              if name.startswith("to_rgb.") and name.endswith(".bias"))
+    if (theirs := len(next(biases))) != run.data.channels:
+        raise UserError(f"init_from: the starting weights make images of {theirs} channels, this run has "
+                        f"data.channels={run.data.channels}. Start from a run with the same, or without init_from.")
 
 
 def _laid_out_as(tensor: Tensor, parameter: Tensor) -> Tensor:

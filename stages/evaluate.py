@@ -40,7 +40,7 @@ def evaluate(run: Run, path: str, out: str, threads: int = 1) -> list[Row]:
     info = json.loads(files["state.json"])
     resolution, images_seen = info["resolution"], info["images_seen"]
     average = load_average(run, files).to(device)
-    images = Images.open(run.data, resolution, threads)
+    images = Images(run.data, resolution, threads)
     samples = Path(out) / "samples"
     shown = torch.cat(list(generate(average, draw_latents(run, "samples", run.evaluation.samples))))
     save_png(grid(shown), samples / f"r{resolution:04d}-{images_seen:09d}.png")
@@ -49,7 +49,7 @@ def evaluate(run: Run, path: str, out: str, threads: int = 1) -> list[Row]:
 
     untrained = None
     if run.evaluation.untrained:
-        untrained = Generator(run.network, resolution, fades=False)
+        untrained = Generator(run.network, resolution, fades=False, image_channels=run.data.channels)
         initialise(untrained, run.training.seed, "generator")
         untrained.to(device)
     subjects = Subjects(run, reals, average, untrained, draw_latents(run, "evaluation", reals.count))
@@ -71,7 +71,7 @@ class RealSets:
     def __init__(self, run: Run, images: Images) -> None:
         self.images = images
         order = images.ids(run.training.seed, -len(images), len(images))  # epoch -1: training starts with epoch 0
-        fitting = int(run.evaluation.memory_gb * 1e9 / (2 * 3 * images.resolution**2))
+        fitting = int(run.evaluation.memory_gb * 1e9 / (2 * run.data.channels * images.resolution**2))
         self.count = max(1, min(run.evaluation.count, sliced_wasserstein_count(len(images)), fitting))
         self.order = order
 
@@ -120,7 +120,8 @@ def frechet(it: Subjects) -> Row:
     """Frechet distance on pixels reduced to at most 16x16; needs no feature network, and is no FID."""
     if it.reals.count < 2:
         return {"reason": f"{len(it.reals.images)} reals are too few for two sets of at least 2"}
-    return {name: fed(PixelFrechet(), it.reals, batches) for name, batches in it.held_against_reals()}
+    return {name: fed(PixelFrechet(channels=it.run.data.channels), it.reals, batches)
+            for name, batches in it.held_against_reals()}
 
 
 def fed(metric: Metric, reals: RealSets, others: Iterator[Tensor]) -> Any:

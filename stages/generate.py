@@ -23,7 +23,7 @@ COLUMNS = 8  # of a grid
 def load_average(run: Run, files: dict[str, bytes]) -> Generator:
     """The averaged generator of a verified checkpoint, ready to sample at alpha = 1."""
     resolution = json.loads(files["state.json"])["resolution"]
-    generator = Generator(run.network, resolution, fades=resolution > run.stages[0].resolution)
+    generator = Generator(run.network, resolution, resolution > run.stages[0].resolution, run.data.channels)
     generator.load_state_dict(checkpoint.load_tensors(files, "average"))
     return generator.eval().requires_grad_(False)
 
@@ -41,22 +41,27 @@ def to_uint8(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(generator: Generator, latents: Tensor) -> Iterator[Tensor]:
-    """uint8 [n, 3, R, R] on the CPU, for the latents in order; n is 32 up to 128 px, fewer above for memory's sake."""
+    """uint8 [n, C, R, R] on the CPU, for the latents in order; n is 32 up to 128 px, fewer above for memory's sake."""
     device = next(generator.parameters()).device
     batch = max(1, min(32, 32 * 128**2 // int(list(generator.to_rgb)[-1]) ** 2))
     for part in latents.split(batch):
         yield to_uint8(generator(part.to(device))).cpu()
 
 
-def grid(images: Tensor) -> Image.Image:
-    """uint8 [N, 3, R, R] -> one picture, image i at row i // 8, column i % 8, no gaps; empty places are black."""
-    columns = min(COLUMNS, len(images))
+def grid(images: Tensor, columns: int = COLUMNS) -> Image.Image:
+    """uint8 [N, C, R, R] -> one picture, image i at row i // 8, column i % 8, no gaps; empty places are black."""
+    columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    size = images.shape[-1]
-    canvas = torch.zeros(rows * columns, 3, size, size, dtype=torch.uint8)
+    channels, size = images.shape[1:3]
+    canvas = torch.zeros(rows * columns, channels, size, size, dtype=torch.uint8)
     canvas[:len(images)] = images
-    pixels = canvas.view(rows, columns, 3, size, size).permute(0, 3, 1, 4, 2).reshape(rows * size, columns * size, 3)
-    return Image.fromarray(pixels.numpy())
+    tiles = canvas.view(rows, columns, channels, size, size)
+    return picture(tiles.permute(2, 0, 3, 1, 4).reshape(channels, rows * size, columns * size))
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    """uint8 [C, H, W] -> RGB for three channels, gray (Pillow's mode L) for one."""
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
 
 
 def save_png(image: Image.Image, path: Path) -> Path:
@@ -70,12 +75,13 @@ def save_png(image: Image.Image, path: Path) -> Path:
 def export(run: Run, files: dict[str, bytes], out: Path) -> list[Path]:
     """Writes generator.safetensors, generator.pt2 (a torch.export program) and generator.json into `out`.
 
-    The program maps latents [N, latent_size], any N, to images [N, 3, R, R] in about [-1, 1], without gradine:
-    `torch.export.load("generator.pt2").module()(latents)`.
+    The program maps latents [N, latent_size], any N, to images [N, C, R, R] in about [-1, 1], C = 3 for RGB and
+    1 for gray, without gradine: `torch.export.load("generator.pt2").module()(latents)`.
     """
     generator = load_average(run, files)
     resolution = list(generator.to_rgb)[-1]
-    alone = Generator(run.network, int(resolution), fades=False)  # alpha = 1 needs no older to-RGB
+    channels = run.data.channels
+    alone = Generator(run.network, int(resolution), fades=False, image_channels=channels)  # no older to-RGB: alpha is 1
     alone.load_state_dict(generator.state_dict(), strict=False)
     alone.eval().requires_grad_(False)
     out.mkdir(parents=True, exist_ok=True)
@@ -86,6 +92,7 @@ def export(run: Run, files: dict[str, bytes], out: Path) -> list[Path]:
     torch.export.save(program, paths[1])
     paths[2].write_text(json.dumps({
         "resolution": int(resolution), "latent_size": run.network.latent_size, "fmap_base": run.network.fmap_base,
-        "fmap_max": run.network.fmap_max, "latents": "N(0, 1)", "images": "[N, 3, R, R] in [-1, 1]",
+        "fmap_max": run.network.fmap_max, "latents": "N(0, 1)",
+        "channels": channels, "images": f"[N, {channels}, R, R] in [-1, 1]",
         "images_seen": json.loads(files["state.json"])["images_seen"]}, indent=1))
     return paths

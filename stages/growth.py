@@ -135,24 +135,24 @@ def resolutions(final: int) -> Iterator[int]:
 
 
 @lru_cache
-def macs_per_image(network: Network, resolution: int) -> int:
+def macs_per_image(network: Network, resolution: int, image_channels: int = 3) -> int:
     """Multiply-accumulates of one generator forward; the discriminator's is about equal."""
     width = channels(network, 4)
     total = network.latent_size * width * 16 + width * width * 9 * 16
     for size in list(resolutions(resolution))[1:]:
         older, width = width, channels(network, size)
         total += (older + width) * width * 9 * size * size
-    return total + width * 3 * resolution * resolution
+    return total + width * image_channels * resolution * resolution
 
 
-def parameters(network: Network, resolution: int) -> int:
+def parameters(network: Network, resolution: int, image_channels: int = 3) -> int:
     """Parameters of the generator alone with its last to-RGB, about the discriminator's too."""
     width = channels(network, 4)
     total = network.latent_size * width * 16 + width + width * width * 9 + width
     for size in list(resolutions(resolution))[1:]:
         older, width = width, channels(network, size)
         total += (older + width) * width * 9 + 2 * width
-    return total + width * 3 + 3
+    return total + (width + 1) * image_channels
 
 
 def activation_floats(network: Network, resolution: int) -> int:

@@ -49,12 +49,12 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
     refuse_unequal_starts(accelerator, state)
     reduce = functools.partial(accelerator.reduce, reduction="sum") if workers > 1 else None
     rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution))
-    images = Images.open(run.data, setting.resolution, decode_threads=torch.get_num_threads())
+    images = Images(run.data, setting.resolution, decode_threads=torch.get_num_threads())
     ahead = batches(run, stage, images, state.images_seen, accelerator.process_index, workers)
     if accelerator.device.type == "cuda":
         ahead = ([share.pinned() for share in shares] for shares in ahead)
     source = prefetch(ahead)
-    info = {"resolution": setting.resolution, "data": data_digest(run.data.shards, setting.resolution),
+    info = {"resolution": setting.resolution, "data": data_digest(run.data, setting.resolution),
             "workers": workers, "micro_batch": setting.micro_batch, "threads": torch.get_num_threads()}
     end = schedule.stage_span(stage)[1]
     watch = Watch(setting.batch_size, state.images_seen, state.skipped.tolist())
@@ -137,7 +137,7 @@ def initial_state(run: Run, stage: int, start: str | None, device: torch.device,
     """Fresh networks, then `initial`'s weights, then `start`'s: all of its state if it lies inside this stage."""
     resolution, fades = run.stages[stage].resolution, stage > 0
     layout = torch.channels_last if run.training.channels_last else torch.contiguous_format
-    nets = [cls(run.network, resolution, fades) for cls in (Generator, Discriminator, Generator)]
+    nets = [cls(run.network, resolution, fades, run.data.channels) for cls in (Generator, Discriminator, Generator)]
     for net, role in zip(nets, ("generator", "discriminator", "generator"), strict=True):
         initialise(net, run.training.seed, role)
         net.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -147,7 +147,9 @@ def initial_state(run: Run, stage: int, start: str | None, device: torch.device,
                        new_adam(discriminator, run), torch.zeros(2, device=device),
                        growth.schedule(run).stage_span(stage)[0])
     if initial:
-        checkpoint.grow(state, checkpoint.read(initial))
+        files = checkpoint.read(initial)
+        checkpoint.refuse_other_channels(run, files)
+        checkpoint.grow(state, files)
     if start:
         files = checkpoint.read(start)
         info = json.loads(files["state.json"])

@@ -1,9 +1,9 @@
 """Distances between generated and real images that need no pretrained network.
 
-Images are square uint8 tensors [N, C, H, H], 0..255, scored at their own resolution. `reals` come from the data,
-`fakes` from the averaged generator. States are lists to concatenate or sums: a metric fed on several workers and
-merged (`merge_state`, or torchmetrics' own gathering) equals one fed everything, in any order and in batches of any
-size. `compute()` gives Python floats; for all three, lower is better. Misuse raises ValueError.
+Images are square uint8 tensors [N, C, H, H], 0..255, in any memory layout, scored at their own resolution. `reals`
+come from the data, `fakes` from the averaged generator. States are lists to concatenate or sums: a metric fed on
+several workers and merged (`merge_state`, or torchmetrics' own gathering) equals one fed everything, in any order and
+in batches of any size. `compute()` gives Python floats; for all three, lower is better. Misuse raises ValueError.
 The first two follow Karras et al. 2018, section 5.
 """
 
@@ -84,7 +84,7 @@ class SlicedWasserstein(Metric):
         patches = np.empty((len(images), self.patches, len(images[0]), size, size), np.float32)
         for first in range(0, len(images), 64):
             chunk = slice(first, first + 64)
-            level = laplacian_level(torch.stack(images[chunk]).cpu().float(), side).numpy()
+            level = laplacian_level(numbers(torch.stack(images[chunk]).cpu(), torch.float32), side).numpy()
             windows = sliding_window_view(level, (size, size), axis=(2, 3))
             patches[chunk] = windows[np.arange(len(level))[:, None], :, corners[chunk, :, 0], corners[chunk, :, 1]]
         descriptors = torch.from_numpy(patches).flatten(0, 1).flatten(2)
@@ -151,7 +151,7 @@ class MultiScaleSSIM(Metric):
             got = f"{[*images_a.shape]} and {[*images_b.shape]}"
             raise ValueError(f"MultiScaleSSIM: shapes {got}, must be equal. Split an even number of images in two.")
         for a, b in zip(images_a.split(16), images_b.split(16), strict=True):
-            self.total += multiscale_similarity(a.double(), b.double()).sum()
+            self.total += multiscale_similarity(numbers(a, torch.float64), numbers(b, torch.float64)).sum()
         self.pairs += len(images_a)
 
     def compute(self) -> float:
@@ -221,7 +221,7 @@ class PixelFrechet(Metric):
             got = f"{tuple(images.shape)} after {seen or 'no'} px"
             raise ValueError(f"PixelFrechet: images are {got}, must have {rule}. Use PixelFrechet(size, channels).")
         self.side.fill_(side)
-        pixels = F.avg_pool2d(images.double() / 127.5 - 1, max(1, side // self.size)).flatten(1)
+        pixels = F.avg_pool2d(numbers(images, torch.float64) / 127.5 - 1, max(1, side // self.size)).flatten(1)
         # Column 0 of ones makes row 0 of the sum count and sum. Zeros up to the full width add nothing to the distance.
         rows = F.pad(F.pad(pixels, (1, 0), value=1.0), (0, len(self.reals) - 1 - pixels.shape[1]))
         target = self.reals if real else self.fakes
@@ -249,6 +249,11 @@ def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
     # C_a C_b has the eigenvalues of the symmetric root' C_b root (but for zeros): no matrix square root is needed.
     shared = torch.linalg.eigvalsh(root.T @ covariance_b @ root).clamp(min=0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * shared)
+
+
+def numbers(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 -> `dtype`, in one memory layout: the order of sums, hence the last bits, follows the layout."""
+    return images.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _checked_side(metric: str, images: Tensor) -> int:

@@ -1,8 +1,9 @@
 """Generator and discriminator of Karras et al. 2018, one block per resolution.
 
-Images are [N, 3, H, W] in [-1, 1]; latents are [N, latent_size]. `alpha` is the weight of the newest block: 0 shows
-only the older blocks, 1 only the new one. A network owns exactly the layers its stage uses, named by resolution
-(`blocks.16`, `to_rgb.16`), so that growing is `load_state_dict(strict=False)`.
+Images are [N, image_channels, H, W] in [-1, 1], gray ones too pass `to_rgb` and `from_rgb`; latents are
+[N, latent_size]. `alpha` is the weight of the newest block: 0 shows only the older blocks, 1 only the new one.
+A network owns exactly the layers its stage uses, named by resolution (`blocks.16`, `to_rgb.16`), so that growing is
+`load_state_dict(strict=False)`.
 """
 
 from __future__ import annotations
@@ -141,20 +142,20 @@ class ScoreBlock(nn.Module):
 
 
 class FromRGB(nn.Module):
-    """[N, 3, H, W] -> [N, C, H, W]."""
+    """[N, image_channels, H, W] -> [N, C, H, W]."""
 
-    def __init__(self, outputs: int) -> None:
+    def __init__(self, outputs: int, image_channels: int = 3) -> None:
         super().__init__()
-        self.conv = EqualizedConv(3, outputs, 1)
+        self.conv = EqualizedConv(image_channels, outputs, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         return F.leaky_relu(self.conv(images), 0.2)
 
 
 class Generator(nn.Module):
-    """Latents [N, latent_size] -> images [N, 3, R, R], about [-1, 1] (the output is linear)."""
+    """Latents [N, latent_size] -> images [N, image_channels, R, R], about [-1, 1] (the output is linear)."""
 
-    def __init__(self, network: Network, resolution: int, fades: bool) -> None:
+    def __init__(self, network: Network, resolution: int, fades: bool, image_channels: int = 3) -> None:
         """`fades`: the stage grew out of a smaller one, whose to-RGB it therefore blends with."""
         super().__init__()
         self.blocks = nn.ModuleDict()
@@ -163,7 +164,8 @@ class Generator(nn.Module):
             self.blocks[str(size)] = (SeedBlock(network.latent_size, width) if size == 4
                                       else UpBlock(channels(network, size // 2), width))
         sizes = [resolution // 2, resolution] if fades else [resolution]
-        self.to_rgb = nn.ModuleDict({str(s): EqualizedConv(channels(network, s), 3, 1, gain=1) for s in sizes})
+        self.to_rgb = nn.ModuleDict({str(s): EqualizedConv(channels(network, s), image_channels, 1, gain=1)
+                                     for s in sizes})
 
     def forward(self, latents: Tensor, alpha: float = 1.0) -> Tensor:
         x = older = pixel_norm(latents)
@@ -177,12 +179,12 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images [N, 3, R, R] -> raw scores [N]. Samples of a stddev group see each other, others do not."""
+    """Images [N, image_channels, R, R] -> raw scores [N]. Samples of a stddev group see each other, others do not."""
 
-    def __init__(self, network: Network, resolution: int, fades: bool) -> None:
+    def __init__(self, network: Network, resolution: int, fades: bool, image_channels: int = 3) -> None:
         super().__init__()
         sizes = [resolution // 2, resolution] if fades else [resolution]
-        self.from_rgb = nn.ModuleDict({str(s): FromRGB(channels(network, s)) for s in sizes})
+        self.from_rgb = nn.ModuleDict({str(s): FromRGB(channels(network, s), image_channels) for s in sizes})
         self.blocks = nn.ModuleDict()
         for size in reversed(list(resolutions(resolution))):
             width = channels(network, size)

@@ -25,7 +25,7 @@ Reduce = Callable[[Tensor], Tensor]
 class Share:
     """The rows of the global batch that go through the networks together."""
 
-    reals: Tensor  # uint8 [n, 3, R, R]
+    reals: Tensor  # uint8 [n, C, R, R], in any memory layout
     mirrored: Tensor  # bool [n]
     critic_latents: Tensor  # [n, latent_size], for D's update
     generator_latents: Tensor  # [n, latent_size], for G's
@@ -78,8 +78,11 @@ def new_adam(network: nn.Module, run: Run) -> torch.optim.Adam:
 
 
 def prepare_reals(pixels: Tensor, mirrored: Tensor, alpha: float) -> Tensor:
-    """uint8 [n, 3, R, R] -> float in [-1, 1], flipped where asked, faded like the networks' view of the images."""
-    images = pixels.float() / 127.5 - 1
+    """uint8 [n, C, R, R] -> float in [-1, 1], flipped where asked, faded like the networks' view of the images.
+
+    The result has one memory layout whatever that of `pixels`: the kernels that follow, hence the bits, depend on it.
+    """
+    images = pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
     images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
     return torch.lerp(upscale(box_downscale(images)), images, alpha) if alpha < 1 else images
 

@@ -28,8 +28,8 @@ FILES = ("generator.safetensors", "discriminator.safetensors", "average.safetens
          "state.json")
 
 
-def run_of(**network: int) -> Run:
-    return from_dict({"name": "t", "data": {"source": "none", "shards": "none"},
+def run_of(channels: int = 3, **network: int) -> Run:
+    return from_dict({"name": "t", "data": {"source": "none", "shards": "none", "channels": channels},
                       "network": {"latent_size": 8, "fmap_base": 64, "fmap_max": 8, **network},
                       "training": {"average_half_life": 50},
                       "stages": [{"resolution": size, "fade_images": 80, "hold_images": 80, "batch_size": 8}
@@ -526,6 +526,27 @@ def test_weights_of_another_shape_are_refused_in_one_line(saved: Path, network: 
     assert "\n" not in str(caught.value)
     for part in ("in the starting weights", " here. Use the same network settings"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1])  # at 4 px no layer of the same name has another shape
+def test_another_runs_weights_of_other_images_are_refused_in_one_line_though_no_layer_tells(
+        stage: int, tmp_path: Path) -> None:
+    rgb = str(checkpoint.save(tmp_path, trained(2), info(2)))
+    with pytest.raises(UserError) as caught:
+        initial_state(run_of(channels=1), stage, None, CPU, rgb)
+    assert str(caught.value) == ("init_from: the starting weights make images of 3 channels, this run has "
+                                 "data.channels=1. Start from a run with the same, or without init_from.")
+    initial_state(RUN, stage, None, CPU, rgb)
+
+
+def test_a_gray_state_is_saved_restored_and_grown_like_any(tmp_path: Path) -> None:
+    gray = run_of(channels=1)
+    state = initial_state(gray, 1, None, CPU, None)
+    path = str(checkpoint.save(tmp_path, state, info()))
+    assert_same_bits(everything(state), everything(initial_state(gray, 1, path, CPU, None)))
+    grown = initial_state(gray, 2, path, CPU, path)
+    assert torch.equal(grown.generator.to_rgb["8"].weight, state.generator.to_rgb["8"].weight)
+    assert [len(layer.bias) for layer in grown.generator.to_rgb.values()] == [1, 1]
 
 
 def test_a_fresh_adam_takes_up_the_moments_and_the_step_it_was_saved_with(saved: Path) -> None:

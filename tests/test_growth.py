@@ -268,14 +268,21 @@ def test_macs_are_the_known_ones_of_the_full_width_networks() -> None:
         assert round(growth.macs_per_image(Network(), size) / 1e9, digits) == float(text), size
 
 
+@pytest.mark.parametrize("image_channels", [1, 3])
 @pytest.mark.parametrize("network", [Network(), Network(latent_size=8, fmap_base=64, fmap_max=8)])
-def test_macs_and_parameters_are_those_of_the_real_generator(network: Network) -> None:
+def test_macs_and_parameters_are_those_of_the_real_generator(network: Network, image_channels: int) -> None:
     for size in (4, 8, 16, 64):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            generator = Generator(network, size, fades=False)
+            generator = Generator(network, size, False, image_channels)
             generator(torch.empty(1, network.latent_size))
-        assert counter.get_total_flops() == 2 * growth.macs_per_image(network, size)
-        assert growth.parameters(network, size) == sum(p.numel() for p in generator.parameters())
+        assert counter.get_total_flops() == 2 * growth.macs_per_image(network, size, image_channels)
+        assert growth.parameters(network, size, image_channels) == sum(p.numel() for p in generator.parameters())
+
+
+def test_gray_images_leave_out_two_thirds_of_the_last_layer() -> None:
+    """At 4 px: dense 512 * 8192 + 512, conv 9 * 512 * 512 + 512, to-RGB 512 + 1."""
+    assert growth.parameters(Network(), 4, 1) == 4_194_816 + 2_359_808 + 513
+    assert growth.macs_per_image(Network(), 4, 1) == 4_194_304 + 16 * (2_359_296 + 512)
 
 
 def test_activation_floats_are_those_two_layers_a_block_leave_behind() -> None:

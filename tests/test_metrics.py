@@ -14,6 +14,7 @@ from gradine.stages.metrics import (
     SlicedWasserstein,
     laplacian_level,
     multiscale_similarity,
+    numbers,
     sliced_wasserstein_count,
 )
 
@@ -30,6 +31,13 @@ def pictures(seed: int, count: int, side: int, channels: int = 3, noise: float =
 
 def as_bytes(values) -> Tensor:
     return torch.from_numpy(np.asarray(values)).round().clamp(0, 255).to(torch.uint8)
+
+
+def channels_innermost(images: Tensor) -> Tensor:
+    """The same [N, C, H, H] in memory as decoders leave it: [N, H, H, C]."""
+    memory = np.empty((len(images), *images.shape[2:], images.shape[1]), np.uint8)
+    memory.transpose(0, 3, 1, 2)[:] = images.numpy()
+    return torch.from_numpy(memory.transpose(0, 3, 1, 2))
 
 
 def swd(reals: Tensor, fakes: Tensor, **options) -> dict[str, float]:
@@ -117,8 +125,9 @@ def test_sliced_wasserstein_equals_the_publication_written_out(side):
     assert result == pytest.approx(plain_swd(reals, fakes, seed=3), rel=1e-5)
 
 
-def test_gray_images_have_a_sliced_wasserstein_distance_too():
-    reals, fakes = pictures(1, 5, 16, channels=1), pictures(2, 5, 16, channels=1, noise=35)
+@pytest.mark.parametrize("side", [4, 8, 16, 32])
+def test_gray_images_have_a_sliced_wasserstein_distance_too(side):
+    reals, fakes = pictures(1, 5, side, channels=1), pictures(2, 5, side, channels=1, noise=35)
     assert swd(reals, fakes) == pytest.approx(plain_swd(reals, fakes, seed=0), rel=1e-5)
 
 
@@ -255,6 +264,13 @@ def test_identical_pairs_score_one():
     assert ssim(images, images) == pytest.approx(1, abs=1e-12)
 
 
+def test_gray_pairs_are_as_similar_as_the_same_pairs_in_three_equal_channels():
+    a, b = pictures(0, 3, 64, channels=1), pictures(0, 3, 64, channels=1, noise=60)
+    assert 0 < ssim(a, b) < 1
+    assert ssim(a, b) == pytest.approx(ssim(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)), rel=1e-12)
+    assert ssim(a, b) == pytest.approx(plain_multiscale(a, b).mean(), rel=1e-9)
+
+
 # ---- Frechet
 
 
@@ -298,6 +314,13 @@ def test_frechet_of_commuting_singular_covariances_is_known_by_hand(side):
     expected = ((r.mean(0) - f.mean(0)) ** 2).sum() + r.var(axis=0, ddof=1).sum()
     images = small.repeat_interleave(side // small.shape[-1], 2).repeat_interleave(side // small.shape[-1], 3)
     assert frechet(images, images * 2) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_of_gray_images_is_a_third_of_that_of_three_equal_channels():
+    """Means and, along (1, 1, 1), standard deviations are sqrt(3) of the gray ones."""
+    reals, fakes = pictures(0, 40, 8, channels=1), pictures(1, 40, 8, channels=1) // 2
+    threefold = frechet(reals.repeat(1, 3, 1, 1), fakes.repeat(1, 3, 1, 1), size=4)
+    assert frechet(reals, fakes, size=4, channels=1) == pytest.approx(threefold / 3, rel=1e-6)
 
 
 def test_frechet_of_a_set_to_itself_is_zero():
@@ -350,6 +373,27 @@ def test_order_and_batch_size_do_not_change_the_result(case):
     for share in shuffled.split(7):
         feed(metric, reals[share], fakes[share])
     assert flat(metric.compute()) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", SIDES)
+def test_the_memory_layout_of_the_images_changes_no_bit_of_the_result(kind, channels):
+    results = []
+    for strided in (False, True):
+        metric = PixelFrechet(channels=channels) if kind is PixelFrechet else new(kind)
+        sets = [pictures(seed, 20, SIDES[kind], channels, noise) for seed, noise in ((0, 20), (1, 40))]
+        feed(metric, *(channels_innermost(images) if strided else images for images in sets))
+        results.append(flat(metric.compute()))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bytes_of_any_memory_layout_become_numbers_in_one(channels):
+    """So that the claim above rests on no kernel's order of sums."""
+    images = pictures(0, 2, 8, channels)
+    for same in (images, channels_innermost(images)):
+        assert numbers(same, torch.float64).stride() == (64 * channels, 64, 8, 1)
+        assert torch.equal(numbers(same, torch.float64), images.double())
 
 
 def test_two_shares_merged_and_fed_further_equal_the_whole(case):

@@ -173,15 +173,47 @@ def test_the_discriminator_is_the_one_written_out(size: int, alpha: float, pool_
     np.testing.assert_allclose(scores.detach().numpy(), plain, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("size", "alpha"), [(4, 1.0), (8, 0.3), (16, 1.0)])
+def test_gray_networks_are_those_written_out_too(size: int, alpha: float) -> None:
+    g, d = (filled(kind(NARROW, size, size > 4, 1)).double() for kind in (Generator, Discriminator))
+    latents, images = noise(4, 6).double(), noise(4, 1, size, size).double()
+    made = g(latents, alpha)
+    assert made.shape == (4, 1, size, size)
+    np.testing.assert_allclose(made.detach().numpy(), plain_generator(weights_of(g), latents.numpy(), size, alpha),
+                               rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(d(images, alpha).detach().numpy(),
+                               plain_discriminator(weights_of(d), images.numpy(), size, alpha), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.4, 1.0])
+def test_a_gray_network_is_the_rgb_one_whose_three_channels_are_alike(alpha: float) -> None:
+    """Three equal rows make three equal channels; a from-RGB sees three times the sum, scaled by 1 / sqrt(3)."""
+    for kind, size in itertools.product((Generator, Discriminator), (8, 16)):
+        gray, color = (kind(NARROW, size, True, c).double() for c in (1, 3))
+        weights = filled(gray).state_dict()
+        for name in weights:
+            if name.startswith("to_rgb."):
+                weights[name] = weights[name].repeat(3, *[1] * (weights[name].ndim - 1))
+            elif name.startswith("from_rgb.") and name.endswith("weight"):
+                weights[name] = weights[name].repeat(1, 3, 1, 1) / math.sqrt(3)
+        color.load_state_dict(weights)
+        if kind is Generator:
+            latents = noise(4, 6).double()
+            torch.testing.assert_close(color(latents, alpha), gray(latents, alpha).repeat(1, 3, 1, 1))
+        else:
+            images = noise(4, 1, size, size).double()
+            torch.testing.assert_close(color(images.repeat(1, 3, 1, 1), alpha), gray(images, alpha))
+
+
 # ---- Sizes
 
 
-def union(kind: type[nn.Module], network: Network, final: int) -> int:
+def union(kind: type[nn.Module], network: Network, final: int, image_channels: int = 3) -> int:
     """Parameters over the layer names of all stages up to `final`."""
     shapes: dict[str, torch.Size] = {}
     with torch.device("meta"):
         for size in (2**r for r in range(2, final.bit_length())):
-            for name, parameter in kind(network, size, fades=size > 4).named_parameters():
+            for name, parameter in kind(network, size, size > 4, image_channels).named_parameters():
                 assert shapes.setdefault(name, parameter.shape) == parameter.shape
     return sum(shape.numel() for shape in shapes.values())
 
@@ -208,6 +240,23 @@ def test_a_finished_1024_network_owns_only_its_last_rgb_layers() -> None:
         g, d = Generator(Network(), 1024, fades=False), Discriminator(Network(), 1024, fades=False)
     assert sum(p.numel() for p in g.parameters()) == 23_071_507
     assert sum(p.numel() for p in d.parameters()) == 23_077_137
+
+
+@pytest.mark.parametrize(("final", "g", "d"), [(4, 6_555_137, 6_560_769), (1024, 23_074_009, 23_082_161)])
+def test_full_width_gray_networks_have_the_parameters_counted_by_hand(final: int, g: int, d: int) -> None:
+    """A to-RGB of width w has w + 1 instead of 3w + 3, a from-RGB w + w instead of 3w + w: to 1024 px, where the nine
+    widths add up to 2,544, G has 2 * 2,553 less and D 2 * 2,544; at 4 px 2 * 513 and 2 * 512."""
+    assert union(Generator, Network(), final, 1) == g
+    assert union(Discriminator, Network(), final, 1) == d
+
+
+def test_gray_networks_have_the_layers_of_rgb_ones_and_differ_in_the_shapes_at_the_image_alone() -> None:
+    for kind, image_weight in ((Generator, "to_rgb.{}.weight"), (Discriminator, "from_rgb.{}.conv.weight")):
+        gray, color = (dict(kind(NARROW, 128, True, c).named_parameters()) for c in (1, 3))
+        assert list(gray) == list(color)
+        changed = {name for name in gray if gray[name].shape != color[name].shape}
+        biases = {"to_rgb.64.bias", "to_rgb.128.bias"} if kind is Generator else set()
+        assert changed == {image_weight.format(64), image_weight.format(128)} | biases
 
 
 def test_the_first_dense_layer_has_one_bias_per_channel() -> None:

@@ -199,6 +199,26 @@ def test_pictures_of_a_stage_are_its_samples_beside_its_reals(finished):
     assert len(page.pictures("Generated images, 32 px")) == 2  # large, and beside the reals
 
 
+def test_gray_samples_are_shown_as_they_are(tmp_path):
+    run = new_run(tmp_path)
+    train(run, [16])
+    rgb = tiles(16)
+    save_grid(run, "r0016-000000500.png", rgb)
+    grays = []
+    for name, source in (("r0016-000000500.png", rgb), ("r0016-reals.png", 255 - rgb)):
+        values = np.concatenate([np.concatenate(list(row[..., 0]), axis=1) for row in (source[:8], source[8:])])
+        gray = Image.fromarray(values)
+        assert gray.mode == "L"
+        gray.save(run.samples / name)
+        grays.append(np.repeat(values[..., None], 3, axis=2))
+    page = report(run)
+    for alt, expected in (("Generated images, 16 px", grays[0]), ("Real images, 16 px", grays[1]),
+                          ("first latents", grays[0][:16])):
+        assert page.pictures(alt)
+        for picture in page.pictures(alt):
+            np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), expected)
+
+
 def test_wide_pictures_are_reduced(tmp_path):
     run = new_run(tmp_path, [256])
     run.append("ledger.jsonl", tick(256, 100))

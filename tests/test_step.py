@@ -36,8 +36,8 @@ def run_of(**training: Any) -> Run:
                       "network": dataclasses.asdict(NETWORK), "stages": [{"resolution": 4}, {"resolution": 8}]})
 
 
-def new_state(size: int = 8, **training: Any) -> TrainState:
-    nets = [kind(NETWORK, size, size > 4) for kind in (Generator, Discriminator, Generator)]
+def new_state(size: int = 8, channels: int = 3, **training: Any) -> TrainState:
+    nets = [kind(NETWORK, size, size > 4, channels) for kind in (Generator, Discriminator, Generator)]
     for net, role in zip(nets, ("generator", "discriminator", "average"), strict=True):
         initialise(net, 3, role)
     generator, discriminator, average = nets
@@ -51,9 +51,9 @@ def moment(batch: int, alpha: float = 0.3, rate: float = RATE) -> Moment:
     return Moment(Phase(1, 8, "fade", 1000, 10_000, batch), 1000, alpha, rate)
 
 
-def batch_of(count: int, seed: int = 0, size: int = 8) -> Share:
+def batch_of(count: int, seed: int = 0, size: int = 8, channels: int = 3) -> Share:
     source = torch.Generator().manual_seed(seed)
-    return Share(reals=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=source),
+    return Share(reals=torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8, generator=source),
                  mirrored=torch.rand(count, generator=source) < 0.5,
                  critic_latents=torch.randn(count, 6, generator=source),
                  generator_latents=torch.randn(count, 6, generator=source),
@@ -170,14 +170,15 @@ def assert_moved_alike(before: dict[str, Tensor], fast: nn.Module, slow: nn.Modu
         assert (moved - expected).norm() <= share * expected.norm(), name
 
 
-@pytest.mark.parametrize(("alpha", "size", "beta1", "micro"), [
-    (0.3, 8, 0.0, 8), (0.3, 8, 0.0, 4), (1.0, 4, 0.0, 4), (0.8, 8, 0.5, 8)])
-def test_three_steps_move_the_weights_as_the_slow_step_does(alpha: float, size: int, beta1: float, micro: int) -> None:
-    state = new_state(size, beta1=beta1)
+@pytest.mark.parametrize(("alpha", "size", "channels", "beta1", "micro"), [
+    (0.3, 8, 3, 0.0, 8), (0.3, 8, 3, 0.0, 4), (0.3, 8, 1, 0.0, 4), (1.0, 4, 3, 0.0, 4), (0.8, 8, 3, 0.5, 8)])
+def test_three_steps_move_the_weights_as_the_slow_step_does(alpha: float, size: int, channels: int, beta1: float,
+                                                            micro: int) -> None:
+    state = new_state(size, channels, beta1=beta1)
     slow = SlowStep(state, beta1)
     start = {part: values(getattr(state, part)) for part in ("generator", "discriminator", "average")}
     for number in range(3):
-        batch = batch_of(8, number, size)
+        batch = batch_of(8, number, size, channels)
         rate = RATE * (number + 1)
         expected = slow(batch, alpha, rate, RULES)
         figures = step(state, split(batch, micro), alpha=alpha, rate=rate)
@@ -308,6 +309,44 @@ def test_the_step_shows_the_networks_the_faded_mirrored_reals_and_its_alpha() ->
     np.testing.assert_allclose(seen[0][0].numpy(), plain_reals(batch.reals.numpy(), batch.mirrored.numpy(), 0.25),
                                atol=1e-6)
     assert [alpha for _, alpha in seen] == [0.25] * 4  # reals, fakes, in between, and G's fakes
+
+
+def channels_innermost(images: Tensor) -> Tensor:
+    """The same [N, C, H, H] in memory as decoders leave it: [N, H, H, C]."""
+    memory = np.empty((len(images), *images.shape[2:], images.shape[1]), np.uint8)
+    memory.transpose(0, 3, 1, 2)[:] = images.numpy()
+    return torch.from_numpy(memory.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_memory_layout_of_the_reals_changes_no_bit_of_a_step(channels: int, alpha: float,
+                                                                 layout: torch.memory_format) -> None:
+    states, figures = [], []
+    for strided in (False, True):
+        state = new_state(16, channels)
+        for net in (state.generator, state.discriminator, state.average):
+            net.to(memory_format=layout)  # type: ignore[call-overload]
+        for number in range(2):
+            batch = batch_of(8, number, 16, channels)
+            if strided:
+                batch = dataclasses.replace(batch, reals=channels_innermost(batch.reals))
+                assert batch.reals.stride() == (16 * 16 * channels, 1, 16 * channels, channels)
+            figures.append(step(state, batch.to(torch.device("cpu")), alpha=alpha))
+        states.append(state)
+    assert same(figures[0], figures[2])
+    assert same(figures[1], figures[3])
+    for part in ("generator", "discriminator"):
+        assert same(everything(states[0], part), everything(states[1], part))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_the_networks_see_reals_of_any_layout_in_one(channels: int, alpha: float) -> None:
+    batch = batch_of(4, channels=channels)
+    for pixels in (batch.reals, channels_innermost(batch.reals)):
+        assert prepare_reals(pixels, batch.mirrored, alpha).stride() == (64 * channels, 64, 8, 1)
 
 
 # ---- Who moves when
@@ -580,6 +619,24 @@ def test_a_share_moves_to_a_device_whole() -> None:
     share = batch_of(4).to(torch.device("meta"))
     assert {tensor.device.type for tensor in vars(share).values()} == {"meta"}
     assert share.reals.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_share_of_strided_reals_moves_too_and_keeps_its_pixels(channels: int) -> None:
+    batch = batch_of(4, channels=channels)
+    strided = dataclasses.replace(batch, reals=channels_innermost(batch.reals))
+    assert strided.to(torch.device("meta")).reals.shape == batch.reals.shape
+    assert torch.equal(strided.to(torch.device("cpu")).reals, batch.reals)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_share_of_strided_reals_reaches_a_gpu_from_pinned_memory(channels: int) -> None:
+    batch = batch_of(4, channels=channels)
+    pinned = dataclasses.replace(batch, reals=channels_innermost(batch.reals)).pinned()
+    assert pinned.reals.is_pinned()
+    moved = pinned.to(torch.device("cuda"))
+    assert torch.equal(moved.reals.cpu(), batch.reals)
 
 
 def test_upscaled_pixels_in_the_slow_step_are_torchs_own() -> None:
