@@ -19,6 +19,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 RECIPES = Path(__file__).parent
+ENCODINGS = ("raw", "png", "webp", "jpeg")
 
 
 class UserError(ValueError):
@@ -45,24 +46,52 @@ def is_power_of_two(number: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the images come from and how they become shards."""
+    """Where the images come from and how they become shards. A location is a path, or s3://, gs:// or http(s)://."""
 
-    source: str = MISSING  # a folder, .zip or .tar of images; `bundled:demo_images.zip` is the set that ships
-    shards: str = MISSING  # folder of the shards, made if missing
-    crop: str = "centre"  # `centre` cuts the largest square; `none` refuses what is not square
-    labels: str = "folders"  # `folders`: the first sub-folder is the class; `none`
-    shard_images: int = 1024  # source images per tar
+    source: str = MISSING  # folder, zip, tar, WebDataset, IDX or Parquet; `bundled:demo_images.zip` ships with gradine
+    shards: str = MISSING  # location of the shards, made if missing
+    channels: int = 3  # 3: RGB; 1: gray, and the networks follow
+    crop: str = "centre"  # largest `centre` square; `none` refuses what is not square; `random-4`: 4 an image; `tile`
+    crop_seed: int = 0  # of random-k
+    small: str = "reject"  # an image below the top level: `reject` it, `upscale` it, or `pad` it with the background
+    background: str = "white"  # under transparent pixels and around padded ones: a colour's name, or "#rrggbb"
+    labels: str = "auto"  # what the source carries; `folders`; `none`; or a .json, .csv or .jsonl file: path, label
+    encoding: str = "raw:64,webp"  # kind:up-to-px, the last without: raw, png and webp lose nothing; jpeg is at 95
+    shard_images: int = 256  # source images per tar
     max_rejected_share: float = 0.01  # above it, sharding stops instead of training on a torn set
-    max_pixels: int = 200_000_000  # a header that claims more is refused before decoding
+    max_pixels: int = 100_000_000  # a header that claims more is refused before decoding
+    sampling: str = "raw"  # `balanced`: every class equally often
     cache_gb: float = 2.0  # a level whose decoded pixels fit is mapped from a cache file on each node
     cache_dir: str = "~/.cache/gradine"
+    download_gb: float = 50.0  # disk per node for shards of a remote location, downloaded ahead of their use
+    deadline_s: float = 600.0  # for one file of a remote location, all retries included
 
     def __post_init__(self) -> None:
-        one_of("data.crop", self.crop, ["centre", "none"])
-        one_of("data.labels", self.labels, ["folders", "none"])
-        require(self.shard_images > 0, f"data.shard_images={self.shard_images} must be positive.")
+        require(self.channels in (1, 3), f"data.channels={self.channels}: use 3 for colour or 1 for gray.")
+        if not re.fullmatch(r"random-[1-9]\d{0,2}", self.crop):
+            one_of("data.crop", self.crop, ["centre", "none", "tile", "random-4"])
+        one_of("data.small", self.small, ["reject", "upscale", "pad"])
+        one_of("data.sampling", self.sampling, ["raw", "balanced"])
+        if not self.labels.endswith((".json", ".csv", ".jsonl")):
+            one_of("data.labels", self.labels, ["auto", "folders", "none"])
+        self.encoding_of(4)
+        for name in ("shard_images", "max_pixels", "deadline_s"):
+            require(getattr(self, name) > 0, f"data.{name}={getattr(self, name)} must be positive.")
+        for name in ("cache_gb", "download_gb"):
+            require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)} must not be negative.")
         share = self.max_rejected_share
         require(0 <= share < 1, f"data.max_rejected_share={share} is a share of the images: use 0 <= share < 1.")
+
+    def encoding_of(self, resolution: int) -> str:
+        """`raw:64,webp` -> raw up to 64 px, webp above."""
+        *bounded, last = self.encoding.split(",")
+        limits = [(kind, limit) for kind, _, limit in (item.partition(":") for item in bounded)]
+        sizes = [int(limit) if limit.isdigit() else 0 for _, limit in limits]
+        require(all(sizes) and sizes == sorted(set(sizes)) and ":" not in last,
+                f"data.encoding={self.encoding!r} is not kind:px,...,kind with rising px, e.g. raw:64,jpeg.")
+        for kind in (*(kind for kind, _ in limits), last):
+            one_of("data.encoding", kind, ENCODINGS)
+        return next((kind for (kind, _), size in zip(limits, sizes, strict=True) if resolution <= size), last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +281,16 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     preset = dict(pairs).get("preset", raw.get("preset") if presets else None)
     for path, value in _preset_changes(presets, str(preset)).items() if preset else ():
         assign(raw, path, value)
+    return _with(raw, pairs)
+
+
+def shard_settings(source: str, shards: str, overrides: Iterable[str]) -> Data:
+    """The checked `Data` of shards that are made without a run, from `key=value` texts without their `data.`."""
+    raw = {"name": "shards", "stages": [{"resolution": 4}], "data": {"source": source, "shards": shards}}
+    return _with(raw, [_split(f"data.{text}") for text in overrides]).data
+
+
+def _with(raw: dict[str, Any], pairs: list[tuple[str, Any]]) -> Run:
     for path, value in pairs:
         assign(raw, path, value)
     _refuse_unknown_keys(raw, Run, "")

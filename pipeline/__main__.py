@@ -47,21 +47,34 @@ def plan(config: Config, settings: Settings = None) -> None:
 
 
 @app.command()
-def shard(source: Annotated[str, typer.Argument(help="A folder, zip or tar of images.")],
-          out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+def shard(arguments: Annotated[list[str], typer.Argument(
+              metavar="SOURCE OUT [KEY=VALUE]", help="Where the images are: a folder, zip, tar, WebDataset, "
+              "Parquet, IDX, s3://, gs:// or http(s)://. Where the shards go. Settings of `data`, e.g. crop=tile.")],
           resolution: Annotated[int, typer.Option(help="Pixels per side of the top level, a power of two.")] = 1024,
-          crop: Annotated[str, typer.Option(help="`centre`, or `none` to refuse what is not square.")] = "centre",
-          labels: Annotated[str, typer.Option(help="`folders` or `none`.")] = "folders",
-          shard_images: Annotated[int, typer.Option(help="Source images per tar.")] = 1024,
-          max_rejected_share: Annotated[float, typer.Option(help="Bad images up to this share are set aside.")] = 0.01,
+          resume: Annotated[bool, typer.Option(
+              "--resume", help="Only OUT is given: go on from its source with its settings.")] = False,
+          add: Annotated[bool, typer.Option(
+              "--add", help="Append images that SOURCE has gained; shards that are there stay as they are.")] = False,
           address: Annotated[str, typer.Option(help="Ray cluster; empty starts one here.")] = "") -> None:
     """Make per-resolution WebDataset shards of SOURCE in OUT; a second time makes only what is missing."""
-    from gradine.configs.schema import Data
-    from gradine.pipeline.commands import shard_images as make_shards
+    from dataclasses import fields
 
-    data = Data(source=source, shards=str(out), crop=crop, labels=labels, shard_images=shard_images,
-                max_rejected_share=max_rejected_share)
-    make_shards(data, resolution, address)
+    from gradine.configs.schema import Data
+    from gradine.pipeline.commands import shard_images
+
+    names = {field.name for field in fields(Data)}
+    settings = [text for text in arguments if "=" in text and text.partition("=")[0] in names]
+    shard_images([text for text in arguments if text not in settings], settings, resolution, resume, add, address)
+
+
+@app.command()
+def inspect(shards: Annotated[str, typer.Argument(help="Location of a set of shards.")],
+            resolution: Annotated[int, typer.Option(help="Level of the contact sheet; 0: the one nearest to 128.")] = 0,
+            sheet: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path("contact.png")) -> None:
+    """Check every shard's digest; show counts, sizes, classes, what was rejected and why, and a contact sheet."""
+    from gradine.pipeline.inspect import inspect_shards
+
+    inspect_shards(shards, resolution, sheet)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from gradine.configs.schema import Cluster, Data, Run, Stage, UserError, is_power_of_two, load, require
+from gradine.configs.schema import Cluster, Data, Run, Stage, UserError, is_power_of_two, load, require, shard_settings
 from gradine.pipeline import plan as planning
 from gradine.pipeline.cluster import connected
 from gradine.pipeline.display import duration
@@ -17,7 +17,8 @@ from gradine.pipeline.driver import run_folder, settle
 from gradine.pipeline.evaluations import figures_line
 from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir
-from gradine.pipeline.shards import locate, shard
+from gradine.pipeline.shards import SHAPING, shard, source_of, summary_line
+from gradine.pipeline.sources import locate
 from gradine.stages import checkpoint
 
 
@@ -56,18 +57,25 @@ def measured_rates(history: Iterable[dict[str, Any]]) -> dict[int, float]:
     return {size: sorted(rates)[len(rates) // 2] for size, rates in ticks.items()}
 
 
-def shard_images(data: Data, resolution: int, address: str) -> None:
+def shard_images(locations: list[str], settings: list[str], resolution: int, resume: bool, add: bool,
+                 address: str) -> None:
     """Shards on a Ray, with a progress bar and a summary."""
+    require(len(locations) == (1 if resume else 2), "gradine shard wants SOURCE OUT, or OUT alone with --resume, and "
+                                                    f"KEY=VALUE settings; it got {' '.join(locations) or 'nothing'}.")
     require(resolution >= 4 and is_power_of_two(resolution),
             f"--resolution={resolution} must be a power of two from 4 up, e.g. 256.")
+    data = shard_settings(locations[0], locations[-1], settings)
+    if resume:
+        before = source_of(data)
+        require(bool(before), f"{data.shards!r} holds no shards to go on with. Give SOURCE OUT without --resume.")
+        resolution = before["resolution"]
+        data = shard_settings(before["source"], data.shards, [*(f"{key}={before[key]}" for key in SHAPING), *settings])
     locate(data.source)
     alone = Run(name="shards", data=data, stages=[Stage(resolution=4)], ray=Cluster(address=address))
     with connected(alone), Progress() as bar:
         task = bar.add_task("sharding", total=None)
-        summary = shard(data, resolution, lambda done, total: bar.update(task, completed=done, total=total))
-    print(f"{summary['images']:,} images in {summary['shards']} shards per level, {summary['made']} slices made now, "
-          f"{summary['bytes'] / 1e6:.1f} MB in {data.shards}; {summary['classes']} classes; {summary['rejected']} "
-          f"rejected (see rejected.jsonl), {summary['ignored']} other files ignored")
+        summary = shard(data, resolution, lambda done, total: bar.update(task, completed=done, total=total), add)
+    print(summary_line(summary, data.shards))
 
 
 def chosen(path: Path, name: str) -> tuple[RunDir, Run, checkpoint.Checkpoint, dict[str, bytes]]:
@@ -98,15 +106,14 @@ def evaluate_run(path: Path, name: str) -> None:
 
 def sample_run(path: Path, out: Path, count: int, seed: int, name: str) -> None:
     import torch
-    from PIL import Image
 
-    from gradine.stages.generate import draw_latents, generate, grid, load_average, save_png
+    from gradine.stages.generate import draw_latents, generate, grid, load_average, picture, save_png
 
     folder, run, of, files = chosen(path, name)
     generator = load_average(run, files)
     images = torch.cat(list(generate(generator, draw_latents(run, "sample", count, seed))))
     for number, image in enumerate(images):
-        save_png(Image.fromarray(image.permute(1, 2, 0).numpy()), out / f"seed{seed}-{number:05d}.png")
+        save_png(picture(image), out / f"seed{seed}-{number:05d}.png")
     save_png(grid(images), out / f"seed{seed}-grid.png")
     print(f"{count} images of {of.resolution}px from {folder.path.name}/{of.name}, seed {seed}, in {out}")
 

@@ -19,10 +19,13 @@ from gradine.pipeline.cluster import Group, connected, one_line, refuse_unplacea
 from gradine.pipeline.display import Board, Display, duration
 from gradine.pipeline.evaluations import Evaluations
 from gradine.pipeline.report import write_report
-from gradine.pipeline.run_dir import RunDir, write_atomic
-from gradine.pipeline.shards import locate, shard, top_level
+from gradine.pipeline.run_dir import RunDir
+from gradine.pipeline.shards import absolute_location, shard, source_of, summary_line
+from gradine.pipeline.sources import locate
 from gradine.stages import checkpoint, growth
-from gradine.stages.data import data_digest, level_folder
+from gradine.stages.data import data_digest, has_level
+from gradine.stages.store import is_remote
+from gradine.stages.store import write_atomic
 
 FAILURES_WITHOUT_PROGRESS = 3
 
@@ -33,7 +36,7 @@ def run_folder(run: Run) -> RunDir:
 
 def absolute(run: Run) -> Run:
     """Paths that hold in every process, whatever folder it runs in."""
-    data = replace(run.data, shards=str(Path(run.data.shards).expanduser().absolute()),
+    data = replace(run.data, shards=absolute_location(run.data.shards),
                    cache_dir=str(Path(run.data.cache_dir).expanduser().absolute()))
     return replace(run, data=data, runs=str(Path(run.runs).expanduser().absolute()))
 
@@ -72,7 +75,7 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None) -> Ru
     folder = run_folder(run)
     with folder.locked():
         run, plan = settle(run, folder)
-        whole = all((level_folder(run.data.shards, s.resolution) / "index.json").is_file() for s in run.stages)
+        whole = all(has_level(run.data, stage.resolution) for stage in run.stages)
         if not whole and shard_if_needed:
             locate(run.data.source)
         elif not whole:
@@ -147,13 +150,14 @@ def copy_initial(run: Run, folder: RunDir, shown: Display) -> None:
         raise UserError(f"init_from={run.init_from!r} holds no valid checkpoint. Give the folder of a run, e.g. "
                         "runs/NAME.")
     source, files = newest
+    checkpoint.refuse_other_channels(run, files)
     checkpoint.commit(folder.path, folder.initial, files)
     shown.say(f"weights start from {source.path}")
 
 
 def pin_data(run: Run, folder: RunDir) -> None:
     """The levels a run trains on never change under it. UserError if they did."""
-    digests = {str(stage.resolution): data_digest(run.data.shards, stage.resolution) for stage in run.stages}
+    digests = {str(stage.resolution): data_digest(run.data, stage.resolution) for stage in run.stages}
     for line in folder.lines("ledger.jsonl"):
         for size, digest in line.get("digests", {}).items():
             if digests.get(size, digest) != digest:
@@ -163,12 +167,14 @@ def pin_data(run: Run, folder: RunDir) -> None:
 
 
 def make_shards(run: Run, folder: RunDir, shown: Display, whole: bool) -> None:
-    """Shards what is missing; without its source, a `whole` set is used as it is."""
+    """Shards what is missing; a `whole` set is used as it is if its source is gone or far away."""
     began = time.monotonic()
     if whole:
         try:
-            locate(run.data.source)
+            here = not is_remote(locate(run.data.source))
         except UserError:
+            here = False
+        if not here:
             shown.say(f"shards: {run.data.shards} is whole; its source {run.data.source} is not here to compare with")
             return
 
@@ -177,10 +183,10 @@ def make_shards(run: Run, folder: RunDir, shown: Display, whole: bool) -> None:
             shown.say(f"shards: {done} of {total}")
 
     # levels above the run's own do no harm: a set made to 1024 px serves a run to 64
-    summary = shard(run.data, max(run.final_resolution, top_level(run.data.shards)), progress)
+    made_to = source_of(run.data).get("resolution", 0)
+    summary = shard(run.data, max(run.final_resolution, made_to), progress)
     folder.record("shards", **summary, seconds=round(time.monotonic() - began, 1))
-    shown.say(f"shards: {summary['images']:,} images, {summary['rejected']} rejected, {summary['ignored']} other files "
-              f"ignored, {summary['classes']} classes, {summary['bytes'] / 1e6:.1f} MB in {run.data.shards}")
+    shown.say(f"shards: {summary_line(summary, run.data.shards)}")
 
 
 class Session:
@@ -279,5 +285,5 @@ class Session:
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    packages = ("torch", "ray", "accelerate", "webdataset", "torchmetrics", "numpy")
+    packages = ("torch", "ray", "accelerate", "torchmetrics", "numpy", "pillow", "simplejpeg")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}

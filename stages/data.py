@@ -1,8 +1,9 @@
 """Shards -> batches. Which image comes when is arithmetic on (seed, images seen), so resuming needs no replay.
 
 A set is one resolution's folder: plain WebDataset tars beside an `index.json` with each tar's bytes, sha256 and image
-count. Pixels are uint8 [N, 3, R, R]. A small level is decoded once into a mapped file; a large one streams through
-decode threads.
+count. Pixels are uint8 [N, C, R, R], C 3 or 1, lying in memory as [N, R, R, C], as decoders write them. A small level
+is decoded once into a mapped file; a large one streams through decode threads. Shards of a remote location are
+downloaded ahead of their use into the cache folder.
 """
 
 from __future__ import annotations
@@ -13,51 +14,75 @@ import io
 import json
 import os
 import queue
+import re
 import shutil
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
-from gradine.configs.schema import Data, EnvironmentFault, Run, UserError
+from gradine.configs.schema import ENCODINGS, Data, EnvironmentFault, Run, UserError
 from gradine.stages import growth
+from gradine.stages.pixels import decode, suffix
 from gradine.stages.step import Share
+from gradine.stages.store import Store
 
 T = TypeVar("T")
 BLOCK_SHARDS = 16  # shards shuffled together: a reader stays within these for a while
 
 
-def level_folder(shards: str | Path, resolution: int) -> Path:
-    return Path(shards) / f"r{resolution:04d}"
+def level_folder(shards: str | Path, resolution: int) -> str:
+    return f"{str(shards).rstrip('/')}/r{resolution:04d}"
 
 
-def read_index(shards: str | Path, resolution: int) -> dict[str, Any]:
+def has_level(data: Data, resolution: int) -> bool:
+    return Store(level_folder(data.shards, resolution), data.deadline_s).size("index.json") is not None
+
+
+def read_index(data: Data, resolution: int) -> dict[str, Any]:
     """The index of one level; UserError where the level was never made or the index contradicts itself."""
-    path = level_folder(shards, resolution) / "index.json"
+    store = Store(level_folder(data.shards, resolution), data.deadline_s)
     try:
-        index = json.loads(path.read_text())
-        images = sum(s["images"] for s in index["shards"] if s["file"] and s["bytes"] and s["sha256"])
+        index = json.loads(store.read("index.json"))
+        for shard in index["shards"]:
+            labels, count = shard.get("labels"), shard["images"]
+            if not (re.fullmatch(r"\w[\w.-]*", shard["file"]) and re.fullmatch("[0-9a-f]{64}", shard["sha256"])):
+                raise ValueError(f"shard {shard['file']!r} of sha256 {shard['sha256']!r} may lie anywhere")
+            if type(count) is not int or not 0 < count <= shard["bytes"] // 1024 or (labels and len(labels) != count):
+                raise ValueError(f"shard {shard['file']} has {count} images in {shard['bytes']} bytes, or other labels")
+        images = sum(shard["images"] for shard in index["shards"])
         if (index["resolution"], index["images"]) != (resolution, images) or not images:
             raise ValueError(f"{index['images']} images of {index['resolution']}px in all, {images} in its shards")
+        if index["channels"] not in (1, 3) or index["encoding"] not in ENCODINGS:
+            raise ValueError(f"channels {index['channels']}, encoding {index['encoding']}")
         return index
     except FileNotFoundError:
-        raise UserError(f"shards {shards} have no {resolution}px level. Make it with gradine shard.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no valid index ({type(error).__name__}: {error}). "
+        raise UserError(f"shards {Store(data.shards).shown} have no {resolution}px level. "
+                        "Make it with gradine shard.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{store.shown}/index.json is no valid index ({type(error).__name__}: {error}). "
                         "Delete it and run gradine shard again.") from error
 
 
-def data_digest(shards: str | Path, resolution: int) -> str:
+def data_digest(data: Data, resolution: int) -> str:
     """Names a level's exact content: sha256 over its shards' sha256."""
-    return hashlib.sha256("".join(s["sha256"] for s in read_index(shards, resolution)["shards"]).encode()).hexdigest()
+    return hashlib.sha256("".join(s["sha256"] for s in read_index(data, resolution)["shards"]).encode()).hexdigest()
+
+
+# The order: functions of (seed, epoch) or of (seed, position) -------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def epoch_shards(shards: int, seed: int, epoch: int) -> np.ndarray:
+    """The shards in the order in which an epoch reads them, a block of them at a time."""
+    return np.argsort(np.random.Philox(growth.random_seed(seed, "order", epoch)).random_raw(shards), kind="stable")
 
 
 @lru_cache(maxsize=4)
@@ -68,8 +93,8 @@ def epoch_order(shard_images: tuple[int, ...], seed: int, epoch: int) -> np.ndar
     output keeps the order the same under every numpy version.
     """
     bits = np.random.Philox(growth.random_seed(seed, "order", epoch))
-    first = np.cumsum((0, *shard_images[:-1]))
-    shards = np.argsort(bits.random_raw(len(shard_images)), kind="stable")
+    bits.random_raw(len(shard_images))  # those that `epoch_shards` takes
+    first, shards = np.cumsum((0, *shard_images[:-1])), epoch_shards(len(shard_images), seed, epoch)
     blocks = []
     for start in range(0, len(shards), BLOCK_SHARDS):
         block = shards[start:start + BLOCK_SHARDS]
@@ -78,105 +103,322 @@ def epoch_order(shard_images: tuple[int, ...], seed: int, epoch: int) -> np.ndar
     return np.concatenate(blocks)
 
 
-@dataclass
+@lru_cache(maxsize=4096)
+def shuffled(count: int, seed: int, purpose: str, turn: int) -> np.ndarray:
+    """A permutation of 0..count-1."""
+    return np.argsort(np.random.Philox(growth.random_seed(seed, purpose, turn)).random_raw(count), kind="stable")
+
+
+def balanced_order(classes: list[np.ndarray], seed: int, start: int, count: int) -> np.ndarray:
+    """Sample ids at positions start..start+count-1, every class once in each round of len(classes) positions.
+
+    `classes` holds each class's sample ids; a class shows all of its own, shuffled anew, before it repeats one.
+    """
+    ids = []
+    for position in range(start, start + count):
+        turn, place = divmod(position, len(classes))
+        number = shuffled(len(classes), seed, "classes", turn)[place]
+        own = classes[number]
+        epoch, index = divmod(turn, len(own))
+        ids.append(own[shuffled(len(own), seed, f"class/{number}", epoch)[index]])
+    return np.array(ids)
+
+
 class Images:
     """One resolution's images by sample id, 0..len-1 in the order of shards and of members inside them."""
 
-    folder: Path
-    resolution: int
-    index: dict[str, Any]
-    decode_threads: int = 1
-    _members: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # shard -> (offset, bytes) of each image
-    _files: dict[int, int] = field(default_factory=dict)  # shard -> file descriptor
-    _pixels: np.ndarray | None = None  # the mapped cache
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _pool: ThreadPoolExecutor | None = None
-
-    @staticmethod
-    def open(data: Data, resolution: int, decode_threads: int = 1) -> Images:
+    def __init__(self, data: Data, resolution: int, decode_threads: int = 1) -> None:
         """Checks every shard's length now, its sha256 and count when it is first read. UserError where they differ."""
-        index = read_index(data.shards, resolution)
-        images = Images(level_folder(data.shards, resolution), resolution, index, decode_threads)
-        for shard in index["shards"]:
-            path = images.folder / shard["file"]
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard["bytes"]:
-                raise UserError(f"shard {path} has {'no file' if size is None else f'{size} bytes'}, its index says "
-                                f"{shard['bytes']}. Run gradine shard again to make what is missing.")
-        if len(images) * 3 * resolution**2 <= data.cache_gb * 1e9:
-            images._map_cache(Path(data.cache_dir).expanduser())
-        return images
+        self.data, self.resolution, self.index = data, resolution, read_index(data, resolution)
+        self.store = Store(level_folder(data.shards, resolution), data.deadline_s)
+        if self.index["channels"] != data.channels:
+            raise UserError(f"shards {self.store.shown} have channels={self.index['channels']}, data.channels is "
+                            f"{data.channels}. Set it to theirs, or give another data.shards to make.")
+        self.cache = Path(data.cache_dir).expanduser()
+        self.shards = self.index["shards"]
+        self.counts = tuple(shard["images"] for shard in self.shards)
+        self._first = np.cumsum((0, *self.counts[:-1]))
+        self._members: dict[int, np.ndarray] = {}  # shard -> offset and bytes of each image, once it is verified
+        self._locks = [threading.Lock() for _ in self.shards]
+        self._pool = ThreadPoolExecutor(decode_threads, "decode")
+        self._ahead = ThreadPoolExecutor(1, "ahead")
+        self._asked: list[int] = []
+        self._pixels: np.ndarray | None = None  # the mapped cache
+        self._threads = decode_threads
+        self._refuse_torn_set()
+        self.shape = (resolution, resolution, self.index["channels"])
+        if len(self) * int(np.prod(self.shape)) <= data.cache_gb * 1e9:
+            self._map_cache()
 
     def __len__(self) -> int:
         return self.index["images"]
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Class numbers, int64 [len]. UserError where the set has none."""
+        labels = [label for shard in self.shards for label in shard.get("labels") or [None]]
+        if not all(isinstance(label, int) for label in labels):
+            raise UserError(f"shards {self.store.shown} have images without a label, which data.sampling=balanced "
+                            "wants. Make them with data.labels, or use data.sampling=raw.")
+        return np.array(labels)
+
     def ids(self, seed: int, start: int, count: int) -> np.ndarray:
         """Sample ids at positions start..start+count-1 of the endless sequence of epochs."""
-        shard_images = tuple(shard["images"] for shard in self.index["shards"])
         positions = np.arange(start, start + count)
         epochs = positions // len(self)
-        return np.concatenate([epoch_order(shard_images, seed, int(epoch))[positions[epochs == epoch] % len(self)]
-                               for epoch in np.unique(epochs)])
+        return np.concatenate([epoch_order(self.counts, seed, epoch)[positions[epochs == epoch] % len(self)]
+                               for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)])
+
+    def sampler(self, seed: int) -> Callable[[int, int], np.ndarray]:
+        """(start, count) -> the sample ids that training shows there, by data.sampling."""
+        if self.data.sampling == "raw":
+            return partial(self.ids, seed)
+        labels = self.labels
+        classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        return partial(balanced_order, classes, seed)
 
     def pixels(self, ids: np.ndarray) -> np.ndarray:
-        """uint8 [len(ids), 3, R, R]."""
-        if self._pixels is not None:
-            return self._pixels[ids]
-        self._pool = self._pool or ThreadPoolExecutor(self.decode_threads)
-        return np.stack(list(self._pool.map(self._decode, ids.tolist())))
+        """uint8 [len(ids), C, R, R]."""
+        images = self._pixels[ids] if self._pixels is not None else self._decoded(ids)
+        return images.transpose(0, 3, 1, 2)
+
+    def look_ahead(self, seed: int, position: int) -> None:
+        """Verifies, and downloads, the shards of this and the next block in the background, in their order."""
+        coming = self._coming(seed, position) if self._pixels is None else []
+        if coming != self._asked:
+            self._asked = coming
+            self._ahead.submit(self._mark_used, coming)
+            for shard in coming:  # what fails there fails again, and is said, where it is used
+                self._ahead.submit(self._prepare, shard)
+
+    def _mark_used(self, shards: list[int]) -> None:
+        """Else a shard that is still there could go for one that comes."""
+        for shard in shards if self.store.remote else ():
+            with suppress(FileNotFoundError):
+                os.utime(self._path(shard))
+
+    def _prepare(self, shard: int) -> None:
+        if shard in self._asked:  # else its time has passed
+            self._verified(shard)
+            self._open(shard).close()  # it may have had to go since it was verified
+
+    def _coming(self, seed: int, position: int) -> list[int]:
+        """The shards of this and the next block, in the order in which they are used."""
+        if self.data.sampling == "balanced":
+            return list(range(len(self.shards)))
+        epoch, within = divmod(position, len(self))
+        shards = epoch_shards(len(self.shards), seed, epoch)
+        before = np.cumsum(np.take(self.counts, shards))
+        start = int(np.searchsorted(before, within, side="right")) // BLOCK_SHARDS * BLOCK_SHARDS
+        following = epoch_shards(len(self.shards), seed, epoch + 1)
+        return np.concatenate([shards[start:], following])[:2 * BLOCK_SHARDS].tolist()
+
+    def damaged(self) -> Iterator[str]:
+        """What is wrong with each shard that is not as its index says, after reading them all."""
+        for shard in range(len(self.shards)):
+            try:
+                self._verified(shard)
+            except (UserError, EnvironmentFault) as error:
+                yield str(error)
 
     def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
-        if self._pool:
-            self._pool.shutdown()
+        self._ahead.shutdown(cancel_futures=True)
+        self._pool.shutdown()
 
-    def _decode(self, sample: int) -> np.ndarray:
-        shard = 0
-        while sample >= self.index["shards"][shard]["images"]:
-            sample -= self.index["shards"][shard]["images"]
-            shard += 1
-        descriptor = self._open_shard(shard)
-        offset, size = self._members[shard][sample]
-        with Image.open(io.BytesIO(os.pread(descriptor, size, offset))) as image:
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    def _refuse_torn_set(self) -> None:
+        """UserError for a shard that is missing or of another length, and for a disk budget that no order can keep."""
+        web = self.store.remote and self.store.scheme.startswith("http")  # may serve files and list none
+        sizes = {} if web else dict(self.store.list())
+        for shard in self.shards:
+            size = sizes.get(shard["file"])
+            if not web and size != shard["bytes"]:
+                raise UserError(f"shard {self.store.shown}/{shard['file']} has "
+                                f"{'no file' if size is None else f'{size} bytes'}, its index says {shard['bytes']}. "
+                                "Run gradine shard again to make what is missing.")
+        sizes_down = sorted((shard["bytes"] for shard in self.shards), reverse=True)
+        wanted = sum(sizes_down if self.data.sampling == "balanced" else sizes_down[:2 * BLOCK_SHARDS])
+        if self.store.remote and wanted > self.data.download_gb * 1e9:
+            raise UserError(f"data.download_gb={self.data.download_gb:g} is less than what is read together at "
+                            f"{self.resolution}px, {wanted / 1e9:.3g} GB. Raise it, or make the shards with a smaller "
+                            "data.shard_images.")
 
-    def _open_shard(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._files:
-                entry = self.index["shards"][shard]
-                path = self.folder / entry["file"]
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if digest != entry["sha256"]:
-                    raise UserError(f"shard {path} has sha256 {digest[:12]}..., its index says "
-                                    f"{entry['sha256'][:12]}...: it is damaged. Delete it and run gradine shard again.")
-                with tarfile.open(path, "r:") as tar:
-                    members = [(m.offset_data, m.size) for m in tar if m.isfile() and m.name.endswith(".png")]
-                if len(members) != entry["images"]:
-                    raise UserError(f"shard {path} holds {len(members)} images, its index says {entry['images']}.")
-                self._members[shard] = members
-                self._files[shard] = os.open(path, os.O_RDONLY)
-            return self._files[shard]
+    def _decoded(self, ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 [len(ids), R, R, C], in `out` if given, each decode thread a stretch of them."""
+        out = np.empty((len(ids), *self.shape), np.uint8) if out is None else out
+        parts = np.array_split(np.arange(len(ids)), min(len(ids), self._threads))
+        list(self._pool.map(lambda part: self._decode(ids[part], out[part[0]:part[-1] + 1]), parts))
+        return out
 
-    def _map_cache(self, folder: Path) -> None:
+    def _decode(self, ids: np.ndarray, out: np.ndarray) -> None:
+        """Images `ids` into `out`, uint8 [len(ids), R, R, C]."""
+        numbers = np.searchsorted(self._first, ids, side="right") - 1
+        samples = ids - self._first[numbers]
+        for place, (shard, sample) in enumerate(zip(numbers.tolist(), samples.tolist(), strict=True)):
+            offset, size = self._verified(shard)[sample].tolist()
+            with self._open(shard) as file:
+                content = os.pread(file.fileno(), size, offset)
+            try:
+                decode(content, self.index["encoding"], out[place])
+            except Exception as error:  # any decoder may fail in any way
+                raise UserError(f"{self._called(shard)}: image {sample} is no {self.index['encoding']} of this level: "
+                                f"{' '.join(str(error).split())}.") from error
+
+    def _called(self, shard: int) -> str:
+        return f"shard {self.shards[shard]['file']} of {self.store.shown}"
+
+    def _path(self, shard: int) -> Path:
+        entry = self.shards[shard]
+        return (self.cache / "shards" / f"{entry['sha256']}.tar" if self.store.remote else
+                Path(self.store.location).expanduser() / entry["file"])
+
+    def _open(self, shard: int) -> io.FileIO:
+        """Opened for each read: no shard pins a descriptor, or the disk place of one that had to go."""
+        while True:
+            try:
+                return self._path(shard).open("rb", buffering=0)
+            except FileNotFoundError:
+                self._fetch(shard)
+
+    def _verified(self, shard: int) -> np.ndarray:
+        """Offset and bytes of each image of a shard, int64 [images, 2], after its sha256 and count were found right."""
+        with self._locks[shard]:
+            for again in (self.store.remote, False):  # a download that this disk has damaged since is made once more
+                if shard in self._members:
+                    break
+                with self._open(shard) as file:
+                    try:
+                        self._refuse_damage(shard, file)
+                        self._members[shard] = self._list_members(shard, file)
+                    except UserError:
+                        if not again:
+                            raise
+                        self._path(shard).unlink(missing_ok=True)
+            return self._members[shard]
+
+    def _refuse_damage(self, shard: int, file: io.FileIO) -> None:
+        digest, right = hashlib.file_digest(file, "sha256").hexdigest(), self.shards[shard]["sha256"]
+        if digest != right:
+            raise UserError(f"{self._called(shard)} has sha256 {digest[:12]}..., its index says {right[:12]}...: it is "
+                            "damaged. Delete it and run gradine shard again.")
+
+    def _list_members(self, shard: int, file: io.FileIO) -> np.ndarray:
+        """Header by header, for tarfile's own reader follows long names, sparse maps and negative sizes anywhere."""
+        ending, end = f".{suffix(self.index['encoding'], self.shape[2])}", os.fstat(file.fileno()).st_size
+        names, found, start = set(), [], 0
+        try:
+            while any(header := os.pread(file.fileno(), tarfile.BLOCKSIZE, start)):
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+                start += tarfile.BLOCKSIZE
+                if member.type != tarfile.REGTYPE or not 0 <= member.size <= end - start or member.name in names:
+                    raise tarfile.TarError(f"its member {member.name!r} is no plain file, too long or there twice")
+                names.add(member.name)
+                if member.name.endswith(ending):
+                    found.append((start, member.size))
+                start += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        except tarfile.TarError as error:
+            raise UserError(f"{self._called(shard)} is no tar of images: {error}. Delete it and run gradine shard "
+                            "again.") from error
+        if len(found) != self.counts[shard]:
+            raise UserError(f"{self._called(shard)} holds {len(found)} images, its index says {self.counts[shard]}. "
+                            "Delete it and run gradine shard again.")
+        return np.array(found)
+
+    def _fetch(self, shard: int) -> None:
+        """Downloads a shard into the node's folder, once for all its workers, within data.download_gb."""
+        entry, path = self.shards[shard], self._path(shard)
+        if not self.store.remote:
+            raise EnvironmentFault(f"shard {path} is gone since training began. Put it back; the same command resumes.")
+        with _locked(path):
+            if path.is_file():
+                return
+            coming, budget = path.with_suffix(".tmp"), int(self.data.download_gb * 1e9)
+            for leftover in path.parent.glob(f"{coming.name}*"):  # of a process that was killed
+                leftover.unlink()
+            _make_room(path, entry["bytes"], budget)
+            try:
+                self.store.fetch(entry["file"], coming)
+                with coming.open("rb", buffering=0) as file:
+                    self._refuse_damage(shard, file)
+                _publish(coming, path, budget)
+            except FileNotFoundError:
+                raise UserError(f"shard {self.store.shown}/{entry['file']} is not there. Run gradine shard again to "
+                                "make what is missing.") from None
+            except OSError as error:
+                raise EnvironmentFault(f"{self._called(shard)} could not be kept in {path.parent}: {error.strerror}. "
+                                       "Set data.cache_dir to another disk, or a lower data.download_gb.") from error
+            finally:
+                coming.unlink(missing_ok=True)
+
+    def _map_cache(self) -> None:
         """Maps this level's decoded pixels; the first process of a node to come decodes them, the others wait."""
-        folder.mkdir(parents=True, exist_ok=True)
-        content = hashlib.sha256(json.dumps(self.index["shards"]).encode()).hexdigest()[:32]
-        path = folder / f"{content}-r{self.resolution:04d}.u8"
-        shape = (len(self), 3, self.resolution, self.resolution)
-        with (folder / f"{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.is_file() or path.stat().st_size != int(np.prod(shape)):
-                building = path.with_suffix(".tmp")  # one name: a killed process leaves at most this one
-                _allocate(building, int(np.prod(shape)))
+        content = hashlib.sha256(json.dumps([self.shape, self.shards]).encode()).hexdigest()[:32]
+        path = self.cache / f"{content}-r{self.resolution:04d}.u8"
+        shape, budget = (len(self), *self.shape), int(self.data.cache_gb * 1e9)
+        with _locked(path):
+            self._pixels = _mapped(path, shape)
+            if self._pixels is not None:
+                return
+            building, size = path.with_suffix(".tmp"), int(np.prod(shape))  # a killed process leaves at most this one
+            _make_room(path, size, budget)
+            try:
+                _allocate(building, size)
                 pixels = np.memmap(building, np.uint8, "r+", shape=shape)
-                for sample in range(len(self)):
-                    pixels[sample] = self._decode(sample)
+                for first in range(0, len(self), 1024):  # or damage is told only after all threads are through
+                    self._decoded(np.arange(first, min(first + 1024, len(self))), pixels[first:first + 1024])
                 pixels.flush()
-                building.rename(path)
-        self._pixels = np.memmap(path, np.uint8, "r", shape=shape)
+                self._pixels = np.memmap(building, np.uint8, "r", shape=shape)
+                _publish(building, path, budget)
+            finally:
+                building.unlink(missing_ok=True)
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A cache file, marked as used now; None if there is none, or one of another length."""
+    try:
+        if path.stat().st_size != int(np.prod(shape)):
+            return None
+        os.utime(path)
+        return np.memmap(path, np.uint8, "r", shape=shape)
+    except FileNotFoundError:  # it had to go just now
+        return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process of this node at a time makes `path`; the lock ends with its holder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f"{path.name}.lock").open("w")
+    except OSError as error:
+        raise EnvironmentFault(f"data.cache_dir: {path.parent} cannot be written: {error.strerror}. "
+                               "Set it to a folder that can.") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _publish(made: Path, path: Path, budget: int) -> None:
+    """Gives a finished file its name, when its folder has room for it whoever else was making one."""
+    with _locked(path.parent / "room"):
+        _make_room(path, made.stat().st_size, budget)
+        made.rename(path)
+
+
+def _make_room(path: Path, size: int, budget: int) -> None:
+    """Removes files like `path` that were used longest ago until `size` bytes more keep the budget.
+
+    Processes that have one mapped or open keep theirs.
+    """
+    files = []
+    for other in path.parent.glob(f"*{path.suffix}"):
+        with suppress(FileNotFoundError):
+            files.append((other.stat().st_mtime, other.stat().st_size, other))
+    excess = sum(held for _, held, _ in files) + size - budget
+    for _, held, other in sorted(files):
+        if excess <= 0:
+            return
+        other.unlink(missing_ok=True)
+        excess -= held
 
 
 def _allocate(path: Path, size: int) -> None:
@@ -200,11 +442,12 @@ def draw(run: Run, purpose: str, images_seen: int, *shape: int, uniform: bool = 
 
 def batches(run: Run, stage: int, images: Images, images_seen: int, rank: int, workers: int) -> Iterator[list[Share]]:
     """One worker's shares of each step from `images_seen` to the stage's end, on the CPU."""
-    setting = run.stages[stage]
+    setting, ids_at = run.stages[stage], images.sampler(run.training.seed)
     shares = [torch.tensor(rows) for rows in growth.micro_batches(setting, rank, workers)]
     batch, latent = setting.batch_size, run.network.latent_size
     for seen in range(images_seen, growth.schedule(run).stage_span(stage)[1], batch):
-        ids = images.ids(run.training.seed, seen, batch)
+        images.look_ahead(run.training.seed, seen)
+        ids = ids_at(seen, batch)
         mirrored = draw(run, "mirror", seen, batch, uniform=True) < (0.5 if run.training.mirror else 0.0)
         critic, generator = (draw(run, f"latents/{who}", seen, batch, latent) for who in "DG")
         mix = draw(run, "mix", seen, batch, uniform=True)

@@ -60,7 +60,7 @@ def test_help_takes_less_than_a_second_of_one_core() -> None:
     (["shard", "empty", "out"], "holds no image"),
     (["shard", "small", "out", "--resolution", "64"], "smaller than 64x64"),
     (["shard", "small", "out", "--resolution", "48"], "power of two"),
-    (["shard", "small", "out", "--resolution", "8", "--crop", "none"], "not square"),
+    (["shard", "small", "out", "--resolution", "8", "crop=none"], "not square"),
     (["sample", "nowhere", "--out", "x"], "is no run folder"),
     (["report", "nowhere"], "is no run folder"),
     (["evaluate", "nowhere"], "is no run folder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,16 @@ from PIL import Image
 
 from gradine.configs.schema import RECIPES, load
 from gradine.pipeline import driver
-from gradine.pipeline.shards import list_source, read_entries
 from gradine.stages import checkpoint
 
 
 def mosaics(folder: Path, count: int) -> None:
     """Photographs of 1024 px, each of 256 of the demo's 64 px crops."""
-    archive = RECIPES / "demo_images.zip"
     crops = []
-    for _, read in read_entries(archive, list_source(archive, "none")[0]):
-        (folder / "crop.webp").write_bytes(read())
-        with Image.open(folder / "crop.webp") as image:
-            crops.append(np.asarray(image.convert("RGB")))
-    (folder / "crop.webp").unlink()
+    with zipfile.ZipFile(RECIPES / "demo_images.zip") as archive:
+        for name in sorted(archive.namelist()):
+            with archive.open(name) as file, Image.open(file) as image:
+                crops.append(np.asarray(image.convert("RGB")))
     rng = np.random.default_rng(0)
     for number in range(count):
         tiles = np.stack(crops)[rng.integers(0, len(crops), 256)].reshape(16, 16, 64, 64, 3)

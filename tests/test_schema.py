@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from gradine.configs import schema
-from gradine.configs.schema import Run, UserError, as_dict, dump, flatten, from_dict, load
+from gradine.configs.schema import Data, Run, UserError, as_dict, dump, flatten, from_dict, load, shard_settings
 
 RECIPE = """
 name: small
@@ -214,9 +214,20 @@ def test_whole_numbers_may_carry_underscores(recipe: Path) -> None:
     ("training.lr_ramp_images=-1", "training.lr_ramp_images=-1", "not be negative"),
     ("training.penalty_at=finall", "training.penalty_at='finall'", "did you mean 'final'? Use one of: current, final."),
     ("training.precision=fp16", "training.precision='fp16'", "Use one of: float32, bfloat16."),
-    ("data.crop=center", "data.crop='center'", "did you mean 'centre'? Use one of: centre, none."),
-    ("data.labels=folder", "data.labels='folder'", "folders, none"),
+    ("data.crop=center", "data.crop='center'", "did you mean 'centre'? Use one of: centre, none, tile, random-4."),
+    ("data.crop=random-0", "data.crop='random-0'", "Use one of: centre, none, tile, random-4."),
+    ("data.channels=4", "data.channels=4", "use 3 for colour or 1 for gray"),
+    ("data.small=enlarge", "data.small='enlarge'", "reject, upscale, pad"),
+    ("data.sampling=even", "data.sampling='even'", "raw, balanced"),
+    ("data.labels=folder", "data.labels='folder'", "did you mean 'folders'? Use one of: auto, folders, none"),
+    ("data.encoding=raw:64", "data.encoding='raw:64'", "kind:px,...,kind with rising px, e.g. raw:64,jpeg"),
+    ("data.encoding=raw:64,webp:32,png", "webp:32", "kind:px,...,kind with rising px"),
+    ("data.encoding=raw:0,png", "raw:0", "kind:px,...,kind with rising px"),
+    ("data.encoding=raw:64,jpg", "data.encoding='jpg'", "did you mean 'jpeg'? Use one of: raw, png, webp, jpeg"),
     ("data.shard_images=0", "data.shard_images=0", "positive"),
+    ("data.deadline_s=0", "data.deadline_s=0", "positive"),
+    ("data.cache_gb=-1", "data.cache_gb=-1", "not be negative"),
+    ("data.download_gb=-1", "data.download_gb=-1", "not be negative"),
     ("data.max_rejected_share=1", "data.max_rejected_share=1.0", "0 <= share < 1"),
     ("network.latent_size=0", "network.latent_size=0", "positive"),
     ("network.fmap_max=-2", "network.fmap_max=-2", "positive"),
@@ -387,3 +398,16 @@ def test_a_recipe_that_does_not_exist_names_the_bundled_ones() -> None:
 def test_a_user_error_is_a_value_error_and_an_environment_fault_is_not() -> None:
     assert issubclass(UserError, ValueError)
     assert not issubclass(schema.EnvironmentFault, ValueError)
+
+
+def test_an_encoding_holds_up_to_its_limit_and_the_last_above() -> None:
+    data = Data(source="a", shards="b", encoding="raw:16,png:128,jpeg")
+    assert {size: data.encoding_of(size) for size in (4, 16, 32, 128, 256, 1024)} == {
+        4: "raw", 16: "raw", 32: "png", 128: "png", 256: "jpeg", 1024: "jpeg"}
+
+
+def test_shards_alone_take_the_settings_of_data_without_their_prefix() -> None:
+    data = shard_settings("photos", "out", ["crop=tile", "max_rejected_share=0.5"])
+    assert (data.source, data.shards, data.crop, data.max_rejected_share) == ("photos", "out", "tile", 0.5)
+    with pytest.raises(UserError, match="did you mean 'crop'"):
+        shard_settings("photos", "out", ["corp=tile"])
