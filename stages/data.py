@@ -8,20 +8,18 @@ downloaded ahead of their use into the cache folder.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 import os
 import queue
 import re
-import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,13 +27,13 @@ import numpy as np
 import torch
 
 from gradine.configs.schema import ENCODINGS, Data, EnvironmentFault, Run, UserError
-from gradine.stages import growth
+from gradine.stages import growth, order
+from gradine.stages.cache import allocate, locked, make_room, mapped, publish
 from gradine.stages.pixels import decode, suffix
 from gradine.stages.step import Share
 from gradine.stages.store import Store
 
 T = TypeVar("T")
-BLOCK_SHARDS = 16  # shards shuffled together: a reader stays within these for a while
 
 
 def level_folder(shards: str | Path, resolution: int) -> str:
@@ -74,54 +72,6 @@ def read_index(data: Data, resolution: int) -> dict[str, Any]:
 def data_digest(data: Data, resolution: int) -> str:
     """Names a level's exact content: sha256 over its shards' sha256."""
     return hashlib.sha256("".join(s["sha256"] for s in read_index(data, resolution)["shards"]).encode()).hexdigest()
-
-
-# The order: functions of (seed, epoch) or of (seed, position) -------------------------------------------------------
-
-
-@lru_cache(maxsize=4)
-def epoch_shards(shards: int, seed: int, epoch: int) -> np.ndarray:
-    """The shards in the order in which an epoch reads them, a block of them at a time."""
-    return np.argsort(np.random.Philox(growth.random_seed(seed, "order", epoch)).random_raw(shards), kind="stable")
-
-
-@lru_cache(maxsize=4)
-def epoch_order(shard_images: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch shows the samples 0..n-1, int64 [n].
-
-    Shards are shuffled, then the samples within each block of shards, so that reading stays local. Sorting raw Philox
-    output keeps the order the same under every numpy version.
-    """
-    bits = np.random.Philox(growth.random_seed(seed, "order", epoch))
-    bits.random_raw(len(shard_images))  # those that `epoch_shards` takes
-    first, shards = np.cumsum((0, *shard_images[:-1])), epoch_shards(len(shard_images), seed, epoch)
-    blocks = []
-    for start in range(0, len(shards), BLOCK_SHARDS):
-        block = shards[start:start + BLOCK_SHARDS]
-        samples = np.concatenate([np.arange(first[s], first[s] + shard_images[s]) for s in block])
-        blocks.append(samples[np.argsort(bits.random_raw(len(samples)), kind="stable")])
-    return np.concatenate(blocks)
-
-
-@lru_cache(maxsize=4096)
-def shuffled(count: int, seed: int, purpose: str, turn: int) -> np.ndarray:
-    """A permutation of 0..count-1."""
-    return np.argsort(np.random.Philox(growth.random_seed(seed, purpose, turn)).random_raw(count), kind="stable")
-
-
-def balanced_order(classes: list[np.ndarray], seed: int, start: int, count: int) -> np.ndarray:
-    """Sample ids at positions start..start+count-1, every class once in each round of len(classes) positions.
-
-    `classes` holds each class's sample ids; a class shows all of its own, shuffled anew, before it repeats one.
-    """
-    ids = []
-    for position in range(start, start + count):
-        turn, place = divmod(position, len(classes))
-        number = shuffled(len(classes), seed, "classes", turn)[place]
-        own = classes[number]
-        epoch, index = divmod(turn, len(own))
-        ids.append(own[shuffled(len(own), seed, f"class/{number}", epoch)[index]])
-    return np.array(ids)
 
 
 class Images:
@@ -166,7 +116,7 @@ class Images:
         """Sample ids at positions start..start+count-1 of the endless sequence of epochs."""
         positions = np.arange(start, start + count)
         epochs = positions // len(self)
-        return np.concatenate([epoch_order(self.counts, seed, epoch)[positions[epochs == epoch] % len(self)]
+        return np.concatenate([order.epoch_order(self.counts, seed, epoch)[positions[epochs == epoch] % len(self)]
                                for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)])
 
     def sampler(self, seed: int) -> Callable[[int, int], np.ndarray]:
@@ -175,7 +125,7 @@ class Images:
             return partial(self.ids, seed)
         labels = self.labels
         classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-        return partial(balanced_order, classes, seed)
+        return partial(order.balanced_order, classes, seed)
 
     def pixels(self, ids: np.ndarray) -> np.ndarray:
         """uint8 [len(ids), C, R, R]."""
@@ -184,7 +134,9 @@ class Images:
 
     def look_ahead(self, seed: int, position: int) -> None:
         """Verifies, and downloads, the shards of this and the next block in the background, in their order."""
-        coming = self._coming(seed, position) if self._pixels is None else []
+        balanced = self.data.sampling == "balanced"
+        coming = ([] if self._pixels is not None else list(range(len(self.shards))) if balanced else
+                  order.coming_shards(self.counts, seed, position))
         if coming != self._asked:
             self._asked = coming
             self._ahead.submit(self._mark_used, coming)
@@ -201,17 +153,6 @@ class Images:
         if shard in self._asked:  # else its time has passed
             self._verified(shard)
             self._open(shard).close()  # it may have had to go since it was verified
-
-    def _coming(self, seed: int, position: int) -> list[int]:
-        """The shards of this and the next block, in the order in which they are used."""
-        if self.data.sampling == "balanced":
-            return list(range(len(self.shards)))
-        epoch, within = divmod(position, len(self))
-        shards = epoch_shards(len(self.shards), seed, epoch)
-        before = np.cumsum(np.take(self.counts, shards))
-        start = int(np.searchsorted(before, within, side="right")) // BLOCK_SHARDS * BLOCK_SHARDS
-        following = epoch_shards(len(self.shards), seed, epoch + 1)
-        return np.concatenate([shards[start:], following])[:2 * BLOCK_SHARDS].tolist()
 
     def damaged(self) -> Iterator[str]:
         """What is wrong with each shard that is not as its index says, after reading them all."""
@@ -236,7 +177,7 @@ class Images:
                                 f"{'no file' if size is None else f'{size} bytes'}, its index says {shard['bytes']}. "
                                 "Run gradine shard again to make what is missing.")
         sizes_down = sorted((shard["bytes"] for shard in self.shards), reverse=True)
-        wanted = sum(sizes_down if self.data.sampling == "balanced" else sizes_down[:2 * BLOCK_SHARDS])
+        wanted = sum(sizes_down if self.data.sampling == "balanced" else sizes_down[:2 * order.BLOCK_SHARDS])
         if self.store.remote and wanted > self.data.download_gb * 1e9:
             raise UserError(f"data.download_gb={self.data.download_gb:g} is less than what is read together at "
                             f"{self.resolution}px, {wanted / 1e9:.3g} GB. Raise it, or make the shards with a smaller "
@@ -328,18 +269,18 @@ class Images:
         entry, path = self.shards[shard], self._path(shard)
         if not self.store.remote:
             raise EnvironmentFault(f"shard {path} is gone since training began. Put it back; the same command resumes.")
-        with _locked(path):
+        with locked(path):
             if path.is_file():
                 return
             coming, budget = path.with_suffix(".tmp"), int(self.data.download_gb * 1e9)
             for leftover in path.parent.glob(f"{coming.name}*"):  # of a process that was killed
                 leftover.unlink()
-            _make_room(path, entry["bytes"], budget)
+            make_room(path, entry["bytes"], budget)
             try:
                 self.store.fetch(entry["file"], coming)
                 with coming.open("rb", buffering=0) as file:
                     self._refuse_damage(shard, file)
-                _publish(coming, path, budget)
+                publish(coming, path, budget)
             except FileNotFoundError:
                 raise UserError(f"shard {self.store.shown}/{entry['file']} is not there. Run gradine shard again to "
                                 "make what is missing.") from None
@@ -354,84 +295,22 @@ class Images:
         content = hashlib.sha256(json.dumps([self.shape, self.shards]).encode()).hexdigest()[:32]
         path = self.cache / f"{content}-r{self.resolution:04d}.u8"
         shape, budget = (len(self), *self.shape), int(self.data.cache_gb * 1e9)
-        with _locked(path):
-            self._pixels = _mapped(path, shape)
+        with locked(path):
+            self._pixels = mapped(path, shape)
             if self._pixels is not None:
                 return
             building, size = path.with_suffix(".tmp"), int(np.prod(shape))  # a killed process leaves at most this one
-            _make_room(path, size, budget)
+            make_room(path, size, budget)
             try:
-                _allocate(building, size)
+                allocate(building, size)
                 pixels = np.memmap(building, np.uint8, "r+", shape=shape)
                 for first in range(0, len(self), 1024):  # or damage is told only after all threads are through
                     self._decoded(np.arange(first, min(first + 1024, len(self))), pixels[first:first + 1024])
                 pixels.flush()
                 self._pixels = np.memmap(building, np.uint8, "r", shape=shape)
-                _publish(building, path, budget)
+                publish(building, path, budget)
             finally:
                 building.unlink(missing_ok=True)
-
-
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A cache file, marked as used now; None if there is none, or one of another length."""
-    try:
-        if path.stat().st_size != int(np.prod(shape)):
-            return None
-        os.utime(path)
-        return np.memmap(path, np.uint8, "r", shape=shape)
-    except FileNotFoundError:  # it had to go just now
-        return None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process of this node at a time makes `path`; the lock ends with its holder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f"{path.name}.lock").open("w")
-    except OSError as error:
-        raise EnvironmentFault(f"data.cache_dir: {path.parent} cannot be written: {error.strerror}. "
-                               "Set it to a folder that can.") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _publish(made: Path, path: Path, budget: int) -> None:
-    """Gives a finished file its name, when its folder has room for it whoever else was making one."""
-    with _locked(path.parent / "room"):
-        _make_room(path, made.stat().st_size, budget)
-        made.rename(path)
-
-
-def _make_room(path: Path, size: int, budget: int) -> None:
-    """Removes files like `path` that were used longest ago until `size` bytes more keep the budget.
-
-    Processes that have one mapped or open keep theirs.
-    """
-    files = []
-    for other in path.parent.glob(f"*{path.suffix}"):
-        with suppress(FileNotFoundError):
-            files.append((other.stat().st_mtime, other.stat().st_size, other))
-    excess = sum(held for _, held, _ in files) + size - budget
-    for _, held, other in sorted(files):
-        if excess <= 0:
-            return
-        other.unlink(missing_ok=True)
-        excess -= held
-
-
-def _allocate(path: Path, size: int) -> None:
-    """Makes a file whose every byte has its place on the disk: writing to a mapping with none ends the process."""
-    try:
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        path.unlink(missing_ok=True)
-        raise EnvironmentFault(f"image cache {path} could not be made: {error.strerror}. It needs {size:,} bytes, "
-                               f"{free:,} are free. Set data.cache_dir to another disk, or data.cache_gb=0 to do "
-                               "without.") from error
 
 
 def draw(run: Run, purpose: str, images_seen: int, *shape: int, uniform: bool = False) -> torch.Tensor:

@@ -31,18 +31,17 @@ from PIL import Image
 
 from gradine.configs.schema import Data, EnvironmentFault, Run, UserError, from_dict
 from gradine.stages import data as data_module
+from gradine.stages import order as order_module
 from gradine.stages.data import (
     Images,
-    balanced_order,
     batches,
     data_digest,
     draw,
-    epoch_order,
     has_level,
     prefetch,
     read_index,
-    shuffled,
 )
+from gradine.stages.order import balanced_order, epoch_order, shuffled
 from gradine.stages.pixels import decode
 from gradine.stages.step import Share
 from gradine.stages.store import Store
@@ -1158,7 +1157,7 @@ def idle(images: Images) -> None:
 
 @pytest.fixture
 def blocks_of_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(data_module, "BLOCK_SHARDS", 2)
+    monkeypatch.setattr(order_module, "BLOCK_SHARDS", 2)
     epoch_order.cache_clear()
     yield
     epoch_order.cache_clear()
