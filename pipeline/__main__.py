@@ -57,13 +57,9 @@ def shard(arguments: Annotated[list[str], typer.Argument(
               "--add", help="Append images that SOURCE has gained; shards that are there stay as they are.")] = False,
           address: Annotated[str, typer.Option(help="Ray cluster; empty starts one here.")] = "") -> None:
     """Make per-resolution WebDataset shards of SOURCE in OUT; a second time makes only what is missing."""
-    from dataclasses import fields
-
-    from gradine.configs.schema import Data
     from gradine.pipeline.commands import shard_images
 
-    names = {field.name for field in fields(Data)}
-    settings = [text for text in arguments if "=" in text and text.partition("=")[0] in names]
+    settings = [text for text in arguments if text.partition("=")[0].isidentifier() and "=" in text]
     shard_images([text for text in arguments if text not in settings], settings, resolution, resume, add, address)
 
 

@@ -1,7 +1,7 @@
 """One container file of a source -> its images with the labels it gives them, and their bytes: zip, tar, Parquet, IDX.
 
-Files and members go by their `shown` paths; their disk or container knows them by the `native` ones. Sizes are bytes, and
-a header's claim of one is bounded. Nothing is ever unpacked by its own name, followed as a link or unpickled.
+Files and members go by their `shown` paths; a disk or container knows them by the `native` ones. Sizes are bytes, and
+those that a header claims are bounded. Nothing is ever unpacked by its own name, followed as a link or unpickled.
 
 A container that is not whole raises UserError or one of DAMAGE, which `Files.damage_told` makes a UserError; a single
 member that cannot be used is Rejected, by what reads it.
