@@ -24,8 +24,7 @@ from gradine.pipeline.shards import absolute_location, shard, source_of, summary
 from gradine.pipeline.sources import locate
 from gradine.stages import checkpoint, growth
 from gradine.stages.data import data_digest, has_level
-from gradine.stages.store import is_remote
-from gradine.stages.store import write_atomic
+from gradine.stages.store import is_remote, write_atomic
 
 FAILURES_WITHOUT_PROGRESS = 3
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gradine.configs.schema import Data, UserError, require
 from gradine.pipeline.shards import absolute_location
+from gradine.stages.growth import resolutions
 from gradine.stages.store import Store
 
 SHEET_PIXELS = 3072  # a contact sheet is at most that wide and high, of at most 8 by 8 images
@@ -32,31 +33,35 @@ def inspect_shards(shards: str, resolution: int, sheet: Path) -> None:
     resolution = resolution or min(sizes, key=lambda size: (abs(size - 128), size))
     require(resolution in sizes, f"--resolution={resolution}: no such level in {shards!r}. "
                                  f"Use one of: {', '.join(map(str, sizes))}.")
-    damaged: list[str] = []
+    damaged = [f"The {size}px level has no index. Run gradine shard again."
+               for size in resolutions(sizes[-1]) if size not in sizes]
+    whole: dict[str, Any] = {}  # an index to tell from what the set is
+    shown = "no contact sheet"
     print("   px  encoding  images  shards        MB  kB/image  intact")
     for size in sizes:
-        plain = Data(source="", shards=store.location, cache_gb=0)
-        index = read_index(plain, size)
         try:
+            index = read_index(Data(source="", shards=store.location), size)
             images = Images(Data(source="", shards=store.location, cache_gb=0, channels=index["channels"]), size)
         except UserError as error:
             damaged.append(str(error))
-            print(f"{size:>5}  {index['encoding']:<8}{index['images']:>8,}{len(index['shards']):>8}  {error}")
+            print(f"{size:>5}  {error}")
             continue
         with closing(images):
+            whole = index
             bad = list(images.damaged())
             damaged += bad
             held = sum(shard["bytes"] for shard in index["shards"])
             print(f"{size:>5}  {index['encoding']:<8}{len(images):>8,}{len(images.shards):>8}{held / 1e6:>10,.1f}"
                   f"{held / len(images) / 1e3:>10,.1f}  {'all' if not bad else f'{len(bad)} damaged'}")
             if size == resolution and not bad:
-                columns = max(1, min(8, SHEET_PIXELS // size))
+                columns = min(8, max(1, SHEET_PIXELS // size))
                 chosen = np.linspace(0, len(images) - 1, min(len(images), columns**2)).astype(int)
                 save_png(grid(torch.from_numpy(images.pixels(chosen)), columns), sheet)
-    _tell_source(store, there, read_index(plain, sizes[-1]))
-    print(f"contact sheet of {resolution}px: {sheet}")
-    if damaged:
-        raise UserError(f"{len(damaged)} shards of {shards!r} are damaged: {' '.join(damaged)}")
+                shown = f"contact sheet of {resolution}px: {sheet}"
+    if whole:
+        _tell_source(store, there, whole)
+    print(shown)
+    require(not damaged, f"{len(damaged)} shards of {shards!r} are damaged: {' '.join(damaged)}")
 
 
 def _tell_source(store: Store, there: dict[str, int], index: dict[str, Any]) -> None:
