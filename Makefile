@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 
-.PHONY: demo test test-all lint bench clean system-tools
+.PHONY: demo test test-all lint bench bench-data clean system-tools
 
 .venv/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,9 @@ lint: .venv/ready
 
 bench: .venv/ready  ## ratios, not seconds: machines are shared
 	$(RUN) tests.bench.overhead
+
+bench-data: .venv/ready  ## six minutes; IMAGES=folder of photographs of at least 1024x1024, else it invents some
+	$(RUN) tests.bench.data $(if $(IMAGES),--images $(IMAGES))
 
 system-tools:  # what fault tests inject with; they skip with the reason where this cannot install them
 	@command -v strace ip faketime >/dev/null && command -v ip >/dev/null && command -v faketime >/dev/null \

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from gradine.configs.schema import Cluster, Data, Run, Stage, UserError, is_power_of_two, load, require, shard_settings
+from gradine.configs.schema import Cluster, Run, Stage, UserError, is_power_of_two, load, require, shard_settings
 from gradine.pipeline import plan as planning
 from gradine.pipeline.cluster import connected
 from gradine.pipeline.display import duration

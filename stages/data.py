@@ -16,10 +16,12 @@ import queue
 import re
 import tarfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,8 +131,15 @@ class Images:
 
     def pixels(self, ids: np.ndarray) -> np.ndarray:
         """uint8 [len(ids), C, R, R]."""
-        images = self._pixels[ids] if self._pixels is not None else self._decoded(ids)
-        return images.transpose(0, 3, 1, 2)
+        return self.decoding(ids)()
+
+    def decoding(self, ids: np.ndarray) -> Callable[[], np.ndarray]:
+        """Begins to decode; what it returns waits for uint8 [len(ids), C, R, R]."""
+        if self._pixels is not None:
+            images = self._pixels[ids]
+            return lambda: images.transpose(0, 3, 1, 2)
+        wait = self._begin(ids, np.empty((len(ids), *self.shape), np.uint8))
+        return lambda: wait().transpose(0, 3, 1, 2)
 
     def look_ahead(self, seed: int, position: int) -> None:
         """Verifies, and downloads, the shards of this and the next block in the background, in their order."""
@@ -183,12 +192,18 @@ class Images:
                             f"{self.resolution}px, {wanted / 1e9:.3g} GB. Raise it, or make the shards with a smaller "
                             "data.shard_images.")
 
-    def _decoded(self, ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """uint8 [len(ids), R, R, C], in `out` if given, each decode thread a stretch of them."""
-        out = np.empty((len(ids), *self.shape), np.uint8) if out is None else out
-        parts = np.array_split(np.arange(len(ids)), min(len(ids), self._threads))
-        list(self._pool.map(lambda part: self._decode(ids[part], out[part[0]:part[-1] + 1]), parts))
-        return out
+    def _begin(self, ids: np.ndarray, out: np.ndarray) -> Callable[[], np.ndarray]:
+        """Has the threads decode `ids` into `out`, uint8 [len(ids), R, R, C], in stretches of at least 128 x 128 px."""
+        count = min(len(ids), max(self._threads, len(ids) * self.resolution**2 // 128**2))
+        edges = np.linspace(0, len(ids), count + 1).astype(int).tolist()
+        begun = [self._pool.submit(self._decode, ids[start:end], out[start:end]) for start, end in pairwise(edges)]
+
+        def wait() -> np.ndarray:
+            for part in begun:
+                part.result()
+            return out
+
+        return wait
 
     def _decode(self, ids: np.ndarray, out: np.ndarray) -> None:
         """Images `ids` into `out`, uint8 [len(ids), R, R, C]."""
@@ -305,7 +320,7 @@ class Images:
                 allocate(building, size)
                 pixels = np.memmap(building, np.uint8, "r+", shape=shape)
                 for first in range(0, len(self), 1024):  # or damage is told only after all threads are through
-                    self._decoded(np.arange(first, min(first + 1024, len(self))), pixels[first:first + 1024])
+                    self._begin(np.arange(first, min(first + 1024, len(self))), pixels[first:first + 1024])()
                 pixels.flush()
                 self._pixels = np.memmap(building, np.uint8, "r", shape=shape)
                 publish(building, path, budget)
@@ -324,14 +339,32 @@ def batches(run: Run, stage: int, images: Images, images_seen: int, rank: int, w
     setting, ids_at = run.stages[stage], images.sampler(run.training.seed)
     shares = [torch.tensor(rows) for rows in growth.micro_batches(setting, rank, workers)]
     batch, latent = setting.batch_size, run.network.latent_size
-    for seen in range(images_seen, growth.schedule(run).stage_span(stage)[1], batch):
-        images.look_ahead(run.training.seed, seen)
-        ids = ids_at(seen, batch)
+    moments = range(images_seen, growth.schedule(run).stage_span(stage)[1], batch)
+
+    def begun() -> Iterator[Callable[[], list[np.ndarray]]]:
+        for seen in moments:
+            images.look_ahead(run.training.seed, seen)
+            ids = ids_at(seen, batch)
+            waits = [images.decoding(ids[rows.numpy()]) for rows in shares]
+            yield lambda waits=waits: [wait() for wait in waits]  # type: ignore[misc]
+
+    for seen, reals in zip(moments, overlapped(begun()), strict=True):
         mirrored = draw(run, "mirror", seen, batch, uniform=True) < (0.5 if run.training.mirror else 0.0)
         critic, generator = (draw(run, f"latents/{who}", seen, batch, latent) for who in "DG")
         mix = draw(run, "mix", seen, batch, uniform=True)
-        yield [Share(torch.from_numpy(images.pixels(ids[rows.numpy()])), mirrored[rows], critic[rows],
-                     generator[rows], mix[rows]) for rows in shares]
+        yield [Share(torch.from_numpy(pixels), mirrored[rows], critic[rows], generator[rows], mix[rows])
+               for pixels, rows in zip(reals, shares, strict=True)]
+
+
+def overlapped(begun: Iterator[Callable[[], T]]) -> Iterator[T]:
+    """What each of `begun` waits for, in order; the next one is begun before, so that no decode thread is idle."""
+    waiting: deque[Callable[[], T]] = deque()
+    for wait in begun:
+        waiting.append(wait)
+        if len(waiting) > 1:
+            yield waiting.popleft()()
+    for wait in waiting:
+        yield wait()
 
 
 def prefetch(source: Iterator[T], depth: int = 2) -> Iterator[T]:

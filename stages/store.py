@@ -35,11 +35,6 @@ def is_remote(location: str) -> bool:
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location))
 
 
-def absolute_location(location: str) -> str:
-    """A location that holds in every process, whatever folder it runs in."""
-    return location if is_remote(location) else str(Path(location).expanduser().absolute())
-
-
 def write_atomic(path: Path, content: bytes) -> None:
     """The whole new file or the old one, also after a power cut."""
     with _whole(path) as file:
@@ -89,7 +84,7 @@ class Store:
             require(self.scheme in EXTRA and host != "", f"{self.shown!r} is no location. Use a path, s3://BUCKET/..., "
                                                          "gs://BUCKET/... or http(s)://HOST/...")
         else:
-            self.folder = Path(absolute_location(location))
+            self.folder = Path(location).expanduser().absolute()
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, float]]:
         return Store, (self.location, self.deadline_s)

@@ -167,7 +167,8 @@ class Fault:
     """What the proxy does to requests: `kind` to those whose number (from 1) `hits`, and whose `only` holds.
 
     reset: hangs up before answering. half: the true headers, half of the body, then hangs up. lost: the server does as
-    asked, the answer never comes. 503. slow: waits `seconds` first. silent: accepts and says nothing for `seconds`.
+    asked, the answer never comes. garbage: answers no HTTP. 503. slow: waits `seconds` first. silent: accepts and says
+    nothing for `seconds`.
     """
 
     kind: str
@@ -219,6 +220,10 @@ def proxy(upstream: str, fault: Fault) -> Iterator[str]:
             upstream_to.close()
             if kind == "lost":
                 return self.hang_up()
+            if kind == "garbage":
+                self.close_connection = True
+                self.wfile.write(b"\0\1 no HTTP at all\r\n\r\n")
+                return None
             passed = [(name, value) for name, value in got.getheaders()
                       if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server")]
             length = int(got.headers.get("Content-Length", len(content))) if self.command == "HEAD" else len(content)
