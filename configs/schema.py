@@ -75,6 +75,11 @@ class Data:
         if not self.labels.endswith((".json", ".csv", ".jsonl")):
             one_of("data.labels", self.labels, ["auto", "folders", "none"])
         self.encoding_of(4)
+        for name in ("source", "shards"):  # they are written into the run folder
+            location = getattr(self, name)
+            require("@" not in location.partition("://")[2].partition("/")[0],
+                    f"data.{name} holds a user and password, which would be written down. Put them into ~/.netrc "
+                    "(http) or the environment (AWS_ACCESS_KEY_ID, ...), and leave them out here.")
         for name in ("shard_images", "max_pixels", "deadline_s"):
             require(getattr(self, name) > 0, f"data.{name}={getattr(self, name)} must be positive.")
         for name in ("cache_gb", "download_gb"):
@@ -365,6 +370,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _split(text: str) -> tuple[str, Any]:
     path, equals, value = text.partition("=")
     require(bool(equals and path), f"override {text!r} is not of the form key.path=value, e.g. training.seed=1.")
+    if value.startswith("#"):  # a colour, where YAML would see a comment
+        return path, value
     try:
         return path, typing.cast(Any, OmegaConf.to_container(OmegaConf.create(f"value: {value}")))["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:

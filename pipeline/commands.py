@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.shards import SHAPING, shard, source_of, summary_line
 from gradine.pipeline.sources import locate
 from gradine.stages import checkpoint
+from gradine.stages.store import Store
 
 
 def print_plan(run: Run) -> None:
@@ -66,10 +68,12 @@ def shard_images(locations: list[str], settings: list[str], resolution: int, res
             f"--resolution={resolution} must be a power of two from 4 up, e.g. 256.")
     data = shard_settings(locations[0], locations[-1], settings)
     if resume:
-        before = source_of(data)
+        before = source_of(Store(data.shards))
         require(bool(before), f"{data.shards!r} holds no shards to go on with. Give SOURCE OUT without --resume.")
         resolution = before["resolution"]
-        data = shard_settings(before["source"], data.shards, [*(f"{key}={before[key]}" for key in SHAPING), *settings])
+        given = {text.partition("=")[0] for text in settings}
+        as_made = {key: before[key] for key in SHAPING if key in before and key not in given}
+        data = replace(data, source=before["source"], **as_made)
     locate(data.source)
     alone = Run(name="shards", data=data, stages=[Stage(resolution=4)], ray=Cluster(address=address))
     with connected(alone), Progress() as bar:

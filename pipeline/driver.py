@@ -20,11 +20,11 @@ from gradine.pipeline.display import Board, Display, duration
 from gradine.pipeline.evaluations import Evaluations
 from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir
-from gradine.pipeline.shards import absolute_location, shard, source_of, summary_line
+from gradine.pipeline.shards import absolute_location, refuse_other_settings, shard, source_of, summary_line
 from gradine.pipeline.sources import locate
 from gradine.stages import checkpoint, growth
 from gradine.stages.data import data_digest, has_level
-from gradine.stages.store import is_remote, write_atomic
+from gradine.stages.store import Store, is_remote, write_atomic
 
 FAILURES_WITHOUT_PROGRESS = 3
 
@@ -36,7 +36,7 @@ def run_folder(run: Run) -> RunDir:
 def absolute(run: Run) -> Run:
     """Paths that hold in every process, whatever folder it runs in."""
     data = replace(run.data, shards=absolute_location(run.data.shards),
-                   cache_dir=str(Path(run.data.cache_dir).expanduser().absolute()))
+                   cache_dir=absolute_location(run.data.cache_dir, home=False))  # each node has a home of its own
     return replace(run, data=data, runs=str(Path(run.runs).expanduser().absolute()))
 
 
@@ -75,6 +75,8 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None) -> Ru
     with folder.locked():
         run, plan = settle(run, folder)
         whole = all(has_level(run.data, stage.resolution) for stage in run.stages)
+        if whole:
+            refuse_other_settings(run.data)
         if not whole and shard_if_needed:
             locate(run.data.source)
         elif not whole:
@@ -182,7 +184,7 @@ def make_shards(run: Run, folder: RunDir, shown: Display, whole: bool) -> None:
             shown.say(f"shards: {done} of {total}")
 
     # levels above the run's own do no harm: a set made to 1024 px serves a run to 64
-    made_to = source_of(run.data).get("resolution", 0)
+    made_to = source_of(Store(run.data.shards, run.data.deadline_s)).get("resolution", 0)
     summary = shard(run.data, max(run.final_resolution, made_to), progress)
     folder.record("shards", **summary, seconds=round(time.monotonic() - began, 1))
     shown.say(f"shards: {summary_line(summary, run.data.shards)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from contextlib import closing
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gradine.configs.schema import Data, UserError, require
-from gradine.pipeline.shards import absolute_location
+from gradine.pipeline.shards import absolute_location, read_lines, source_of
 from gradine.stages.growth import resolutions
 from gradine.stages.store import Store
 
@@ -65,7 +64,7 @@ def inspect_shards(shards: str, resolution: int, sheet: Path) -> None:
 
 
 def _tell_source(store: Store, there: dict[str, int], index: dict[str, Any]) -> None:
-    about = json.loads(store.read("source.json")) if "source.json" in there else {}
+    about = source_of(store)
     if about:
         added = sum(about["generations"][1:])
         print(f"\nsource   {about['source']}: {about['images']:,} images, {added:,} of them added later; "
@@ -77,8 +76,7 @@ def _tell_source(store: Store, there: dict[str, int], index: dict[str, Any]) -> 
         shown = sorted(counts, key=lambda label: (label is None, label))[:20]
         names = [f"{'none' if label is None else index['classes'][label]} {counts[label]:,}" for label in shown]
         print(f"classes  {len(counts)}: {', '.join(names)}{', ...' if len(counts) > len(shown) else ''}")
-    lines = [json.loads(line) for line in store.read("rejected.jsonl").decode().splitlines()] \
-        if "rejected.jsonl" in there else []
+    lines = read_lines(store, "rejected.jsonl") if "rejected.jsonl" in there else []
     print(f"rejected {len(lines)}")
     reasons = Counter(re.sub(r"\d+", "#", line["reason"]) for line in lines)
     for reason, count in reasons.most_common(20):

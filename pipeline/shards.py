@@ -95,7 +95,7 @@ def make_slice(source: str, entries: list[Entry], number: int, data: Data, resol
                 source_bytes += len(content)
                 image = open_image(content, data)
                 samples = [_encoded_levels(square, kinds) for square in squares(image, entry.path, data, resolution)]
-            except (UserError, EnvironmentFault):
+            except (UserError, EnvironmentFault, MemoryError):  # of the machine, not of the image
                 raise
             except Exception as error:  # any decoder may fail in any way on a bad file: it is set aside with its reason
                 if isinstance(error, OSError) and error.errno:
@@ -158,7 +158,7 @@ def shard(data: Data, resolution: int, progress: Callable[[int, int], None] = la
     with _held(out):
         entries, about = _entries(source, data, out, before, finished, {**made_from, "source": named}, add)
         if before is None and not out.create("source.json", json.dumps(about, indent=1).encode()):
-            raise UserError(f"shards {out.location} are being made by another process. Wait for it, then run again.")
+            raise UserError(f"shards {out.shown} are being made by another process. Wait for it, then run again.")
         _write(out, "sources.jsonl", "".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
         _write(out, "source.json", json.dumps(about, indent=1))
         slices = list(_slices(entries, about["generations"], data.shard_images))
@@ -196,14 +196,17 @@ def _index(size: int, parts: list[dict[str, Any]], about: dict[str, Any], data: 
 
 def _finished_generations(out: Store, there: dict[str, int]) -> list[int]:
     """How many source images came at first, and each time that some were added, as far as an index covers them."""
-    found: list[list[int]] = [[]]
-    for name in there:
-        if name.endswith("/index.json"):
-            try:
-                found.append(json.loads(out.read(name))["generations"])
-            except (ValueError, KeyError, TypeError):
-                continue  # a damaged one is written again
-    return max(found, key=len)
+    found: list[list[int]] = []
+    indexes = [name for name in there if name.endswith("/index.json")]
+    for name in indexes:
+        try:
+            found.append(json.loads(out.read(name))["generations"])
+        except (ValueError, KeyError, TypeError):
+            continue  # if it is damaged, it is written again
+    require(bool(found) or not indexes, f"shards {out.shown} were finished, and no index of theirs can be read "
+                                        f"({indexes[:1]}): they are damaged or of another version. Give another "
+                                        "data.shards, or delete every rNNNN/index.json to have them made again.")
+    return max(found, key=len, default=[])
 
 
 def _entries(source: str, data: Data, out: Store, before: dict[str, Any] | None, finished: list[int],
@@ -215,7 +218,7 @@ def _entries(source: str, data: Data, out: Store, before: dict[str, Any] | None,
     old: list[Entry] = []
     classes: list[str] = []
     if before and finished:
-        listed = [Entry(**json.loads(line)) for line in out.read("sources.jsonl").decode().splitlines()]
+        listed = [Entry(**line) for line in read_lines(out, "sources.jsonl")]
         if before["listing"] == made_from["listing"]:
             return listed, before
         old = listed[:sum(finished)]
@@ -238,12 +241,13 @@ def _refuse_lost(old: list[Entry], classes: list[str], listing: Listing, out: St
     now = {found.path: (found.size, found.label) for found in listing.images}
     changed = [entry.path for entry in old
                if now.get(entry.path) != (entry.size, None if entry.label is None else classes[entry.label])]
-    require(not changed, f"shards {out.location} were made from another source: {len(changed)} of its {len(old)} "
+    require(not changed, f"shards {out.shown} were made from another source: {len(changed)} of its {len(old)} "
                          f"images are gone or differ in size or label (first: {', '.join(changed[:1])}). Give another "
                          "data.shards, or the source they were made from.")
     gained = len(listing.images) - len(old)
-    require(add or not gained, f"shards {out.location} lack {gained} images that files added to the source since. "
-                               "gradine shard --add appends them; without, give another data.shards or take them out.")
+    require(add or not gained, f"shards {out.shown} lack {gained} images that files added to the source since. "
+                               "gradine shard --add appends them (a run that began on these shards then cannot go on "
+                               "with them); else give another data.shards, or take them out.")
 
 
 def _slices(entries: list[Entry], generations: list[int], shard_images: int) -> Iterator[list[Entry]]:
@@ -272,7 +276,7 @@ def _held(out: Store) -> Iterator[None]:
         yield
         _sweep(Path(out.location))
     except BlockingIOError:
-        raise UserError(f"shards {out.location} are being made by another process. Wait for it, then run "
+        raise UserError(f"shards {out.shown} are being made by another process. Wait for it, then run "
                         "again.") from None
     finally:
         os.close(folder)
@@ -286,9 +290,11 @@ def _sweep(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def absolute_location(location: str) -> str:
-    """One that holds in every process, whatever folder it runs in."""
-    return location if is_remote(location) else str(Path(location).expanduser().absolute())
+def absolute_location(location: str, home: bool = True) -> str:
+    """One that holds in every process, whatever folder it runs in; without `home`, a ~ stays each process's own."""
+    if is_remote(location) or (not home and location.startswith("~")):
+        return location
+    return str(Path(location).expanduser().absolute())
 
 
 def summary_line(summary: dict[str, Any], shards: str) -> str:
@@ -299,12 +305,34 @@ def summary_line(summary: dict[str, Any], shards: str) -> str:
             f"rejected, {summary['ignored']} other files ignored")
 
 
-def source_of(data: Data) -> dict[str, Any]:
-    """What existing shards were made from, {} where there are none."""
+def source_of(out: Store) -> dict[str, Any]:
+    """What existing shards were made from, {} where there are none. UserError for a torn file."""
     try:
-        return json.loads(Store(data.shards, data.deadline_s).read("source.json"))
+        return next(iter(read_lines(out, "source.json", whole=True)))
     except FileNotFoundError:
         return {}
+
+
+def read_lines(out: Store, name: str, whole: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line, or one in all. UserError for a torn file."""
+    content = out.read(name)
+    try:
+        return [json.loads(part) for part in ([content] if whole else content.decode().splitlines())]
+    except ValueError as error:
+        raise UserError(f"{out.shown}/{name} is damaged: {error}. Put it back, or delete the shards and make them "
+                        "again.") from error
+
+
+def refuse_other_settings(data: Data) -> None:
+    """UserError where finished shards have other pixels than the settings say."""
+    before = source_of(Store(data.shards, data.deadline_s))
+    for name in SHAPING if before else ():
+        _refuse_difference(data.shards, name, before.get(name), getattr(data, name))
+
+
+def _refuse_difference(shards: str, name: str, before: Any, now: Any) -> None:
+    require(before == now, f"shards {shards} were made with other settings: {name} was {str(before)[:40]} and is now "
+                           f"{str(now)[:40]}. Give another data.shards, or the settings they were made with.")
 
 
 def _over_ray(source: str, slices: list[list[Entry]], missing: list[int], data: Data,
@@ -376,17 +404,16 @@ def _refuse_other_shards(out: Store, there: dict[str, int], wanted: dict[str, An
                          finished: bool) -> dict[str, Any] | None:
     """What the set that stands there was made from, if any; UserError if that is not what is wanted now."""
     require(out.remote or Path(out.location).is_dir() or not Path(out.location).exists(),
-            f"data.shards={out.location!r} is a file. Give a folder, new or empty.")
+            f"data.shards={out.shown!r} is a file. Give a folder, new or empty.")
     if "source.json" not in there:
         strangers = [name for name in there if not name.startswith(".partial-")]
-        require(not strangers, f"data.shards={out.location!r} holds other files ({', '.join(strangers[:3])}) and no "
+        require(not strangers, f"data.shards={out.shown!r} holds other files ({', '.join(strangers[:3])}) and no "
                                "source.json. Give an empty or new folder.")
         return None
-    before = json.loads(out.read("source.json"))
+    before = source_of(out)
     for key, value in wanted.items() if finished or out.remote else ():  # in a folder the lock keeps others out
-        require(key in ("listing", "source" if finished else "") or before.get(key) == value,
-                f"shards {out.location} were made with other settings: {key} was {str(before.get(key))[:40]} and "
-                f"is now {str(value)[:40]}. Give another data.shards, or the settings they were made with.")
+        if key not in ("listing", "source" if finished else ""):
+            _refuse_difference(out.shown, key, before.get(key), value)
     return before
 
 

@@ -172,6 +172,7 @@ class Images:
                 yield str(error)
 
     def close(self) -> None:
+        self.store.closed = True  # a download that nobody needs any more
         self._ahead.shutdown(cancel_futures=True)
         self._pool.shutdown()
 

@@ -20,7 +20,7 @@ EXTRA = {"s3": "s3", "gs": "gs", "http": "http", "https": "http"}
 WAY_OUT = {"s3": "Check the bucket's name, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) to a key "
                  "that may do this, and AWS_ENDPOINT_URL if the server is not Amazon's.",
            "gs": "Check the bucket's name and set GOOGLE_APPLICATION_CREDENTIALS to the file of an account that may.",
-           "http": "Give a URL that a browser opens; where a password is wanted: http://user:password@host/folder."}
+           "http": "Give a URL that a browser opens; a user and password go into ~/.netrc."}
 PASSING = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload"}  # codes of 4xx
 UNUSABLE = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError", "InvalidURL",
             "InvalidRegionError", "UnauthorizedSSOTokenError", "ClientConnectorCertificateError"}

@@ -76,6 +76,7 @@ class Store:
     def __init__(self, location: str, deadline_s: float = 600.0) -> None:
         self.location, self.deadline_s, self.remote = location, deadline_s, is_remote(location)
         self._connections: dict[int, Objects | Web] = {}  # by process: an event loop does not outlive a fork
+        self.closed = False  # true: another thread's requests end at their next try
         self.shown = location
         if self.remote:
             parts = urlsplit(location)
@@ -197,8 +198,14 @@ class Store:
         return self.folder / self._below(name)
 
     def _walk(self) -> Iterator[tuple[str, int]]:
-        for folder, folders, names in os.walk(self.folder, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".partial-")]
+        def told(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise error  # else what a folder holds would go missing unsaid
+
+        for folder, folders, names in os.walk(self.folder, onerror=told, followlinks=True):
+            here = Path(folder).resolve()
+            folders[:] = [name for name in folders if not name.startswith(".partial-") and not (
+                Path(folder, name).is_symlink() and here.is_relative_to(Path(folder, name).resolve()))]  # it never ends
             paths = [Path(folder, name) for name in names if not name.endswith(".partial")]
             yield from ((p.relative_to(self.folder).as_posix(), p.stat().st_size) for p in paths if p.is_file())
 
@@ -218,12 +225,13 @@ class Store:
         size, ranges = self._try("looked up", name, lambda there: there.head(name), 0)
         if not ranges:
             return self._try("read", name, lambda web: web.stream(name, file))
+        began = time.monotonic()
         for start in range(0, size, BLOCK):
-            file.write(self._range(name, start, min(start + BLOCK, size)))
+            file.write(self._range(name, start, min(start + BLOCK, size), began))
         return None
 
-    def _range(self, name: str, start: int, stop: int) -> bytes:
-        return self._try("read", name, lambda there: there.range(name, start, stop), stop - start)
+    def _range(self, name: str, start: int, stop: int, began: float | None = None) -> bytes:
+        return self._try("read", name, lambda there: there.range(name, start, stop), stop - start, began)
 
     def _there(self) -> Objects | Web:
         process = os.getpid()
@@ -236,14 +244,19 @@ class Store:
                                 f"pip install 'gradine[{EXTRA[self.scheme]}]'") from None
         return self._connections[process]
 
-    def _try(self, doing: str, name: str, ask: Ask, size: float = math.inf) -> Any:
-        """The answer to `ask`, which moves `size` bytes, tried with growing pauses until the deadline."""
+    def _try(self, doing: str, name: str, ask: Ask, size: float = math.inf, began: float | None = None) -> Any:
+        """The answer to `ask`, which moves `size` bytes, tried with growing pauses until the deadline.
+
+        `began`: when the first of several requests for one file was made.
+        """
         import tenacity  # here, so that a run on local folders does not wait for the imports
         from fsspec.asyn import sync
 
-        began, what = time.monotonic(), f"{self.shown.rstrip('/')}/{self._below(name)}"
+        began, what = began or time.monotonic(), f"{self.shown.rstrip('/')}/{self._below(name)}"
 
         def once() -> Any:
+            if self.closed:
+                raise EnvironmentFault(f"{what} is not {doing} any more: its reader was closed.")
             left = self.deadline_s - (time.monotonic() - began)
             limit = max(0.01, min(left, 3 * SILENCE_S + size / SLOWEST))
             try:
@@ -258,7 +271,8 @@ class Store:
                                state.next_action.sleep)
 
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_before_delay(self.deadline_s), retry=tenacity.retry_if_exception_type(Passing),
+            stop=tenacity.stop_before_delay(began + self.deadline_s - time.monotonic()),
+            retry=tenacity.retry_if_exception_type(Passing),
             wait=tenacity.wait_exponential(0.2, max=20) + tenacity.wait_random(0, 0.5),
             before_sleep=tell, reraise=True)
         try:

@@ -411,3 +411,14 @@ def test_shards_alone_take_the_settings_of_data_without_their_prefix() -> None:
     assert (data.source, data.shards, data.crop, data.max_rejected_share) == ("photos", "out", "tile", 0.5)
     with pytest.raises(UserError, match="did you mean 'crop'"):
         shard_settings("photos", "out", ["corp=tile"])
+
+
+def test_a_colour_of_hex_digits_is_text_on_the_command_line_too() -> None:
+    assert shard_settings("photos", "out", ["background=#102030"]).background == "#102030"
+
+
+@pytest.mark.parametrize("name", ["source", "shards"])
+def test_a_url_with_a_password_is_refused_before_it_is_written_anywhere(name: str) -> None:
+    with pytest.raises(UserError, match="user and password") as caught:
+        Data(**{"source": "a", "shards": "b", name: "http://me:CANARY@host/set"})
+    assert "CANARY" not in str(caught.value)

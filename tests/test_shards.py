@@ -26,6 +26,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from PIL import Image
 
 from gradine.configs.schema import Data, EnvironmentFault, UserError
 from gradine.pipeline import shards as module
+from gradine.pipeline import shards as shards_module
 from gradine.pipeline.shards import make_slice, shard
 from gradine.stages.data import Images
 from gradine.stages.store import Store
@@ -1177,3 +1179,41 @@ def test_f34_an_unfinished_set_in_an_object_store_is_not_written_over_with_other
     assert (mended["images"], mended["made"]) == (8, 1)
     sharded(torn, tmp_path / "local")
     assert stored(out) == contents(tmp_path / "local")
+
+
+def test_a_machine_out_of_memory_is_no_bad_image(eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise MemoryError
+
+    entries = [shards_module.Entry("00000000", "a/0.png", 1, None)]
+    data = Data(source=str(eight), shards=str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(shards_module, "open_image", out_of_memory)
+    with pytest.raises(MemoryError):
+        shards_module.make_slice(str(eight), entries, 0, data, 8)
+
+
+def test_finished_shards_whose_indexes_cannot_be_read_are_not_made_over(eight: Path, tmp_path: Path) -> None:
+    sharded(eight, tmp_path / "out")
+    for path in (tmp_path / "out").glob("r*/index.json"):
+        path.write_text("{")
+    before = contents(tmp_path / "out")
+    assert "no index of theirs can be read" in refusal(lambda: sharded(eight, tmp_path / "out", crop="tile"))
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_torn_source_json_is_told_in_a_line(eight: Path, tmp_path: Path) -> None:
+    sharded(eight, tmp_path / "out")
+    (tmp_path / "out" / "source.json").write_text('{"schema": ')
+    assert "source.json is damaged" in refusal(lambda: sharded(eight, tmp_path / "out"))
+
+
+def test_a_finished_set_with_other_pixels_than_the_settings_say_is_refused(eight: Path, tmp_path: Path) -> None:
+    sharded(eight, tmp_path / "out")
+    data = Data(source="gone", shards=str(tmp_path / "out"), shard_images=3)
+    shards_module.refuse_other_settings(data)
+    for name, value in (("crop", "tile"), ("background", "black"), ("encoding", "png"), ("small", "pad")):
+        other = replace(data, **{name: value})
+        said = refusal(lambda other=other: shards_module.refuse_other_settings(other))
+        assert name in said
+        assert value in said

@@ -548,3 +548,34 @@ def test_f33_after_a_fork_the_child_connects_anew(moto: str, monkeypatch: pytest
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
     assert store.read("x") == b"parent and child"
+
+
+def test_a_link_back_up_is_not_followed_and_one_to_another_folder_is(tmp_path: Path) -> None:
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "set" / "a" / "1.png").write_bytes(b"1")
+    (tmp_path / "else" / "2.png").write_bytes(b"22")
+    (tmp_path / "set" / "a" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "other").symlink_to(tmp_path / "else")
+    assert Store(str(tmp_path / "set")).list() == [("a/1.png", 1), ("other/2.png", 2)]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken").mkdir()
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("broken"):
+            raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match="Input/output error"):
+        Store(str(tmp_path)).list()
+
+
+def test_a_closed_store_tries_no_more() -> None:
+    store = Store("http://127.0.0.1:1/set", 60.0)
+    store.closed = True
+    with pytest.raises(EnvironmentFault, match="its reader was closed"):
+        store.read("a")
