@@ -80,6 +80,9 @@ class Data:
             require("@" not in location.partition("://")[2].partition("/")[0],
                     f"data.{name} holds a user and password, which would be written down. Put them into ~/.netrc "
                     "(http) or the environment (AWS_ACCESS_KEY_ID, ...), and leave them out here.")
+        require("://" not in self.shards or "?" not in self.shards,
+                f"data.shards={self.shards.partition('?')[0]!r}?... has a query, which the files below it cannot "
+                "have. Give the folder's URL alone.")
         for name in ("shard_images", "max_pixels", "deadline_s"):
             require(getattr(self, name) > 0, f"data.{name}={getattr(self, name)} must be positive.")
         for name in ("cache_gb", "download_gb"):
