@@ -35,4 +35,4 @@ system-tools:  # what fault tests inject with; they skip with the reason where t
 	  || echo "strace, iproute2 or faketime missing: install them to run every fault test"
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
