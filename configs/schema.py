@@ -7,6 +7,7 @@ Images are counted one by one (an int), never in kimg; resolutions are pixels pe
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterable
@@ -20,14 +21,60 @@ from omegaconf.errors import OmegaConfBaseException
 
 RECIPES = Path(__file__).parent
 ENCODINGS = ("raw", "png", "webp", "jpeg")
+SECRET_NAMES = re.compile("(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|SECRET_KEY|PRIVATE_KEY)$", re.IGNORECASE)
+
+
+def redacted(text: str) -> str:
+    """`text` with `***` for the values of secret variables of the environment, and for what URLs keep secret."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and SECRET_NAMES.search(name):  # a shorter one would strike out words
+            text = text.replace(value, "***")
+    return redacted_urls(text)
+
+
+def redacted_urls(text: str) -> str:
+    """https://user:password@host/a.zip?signature=abc -> https://***@host/a.zip?***"""
+    text = re.sub(r"""(\w://)[^/\s?'"]*@""", r"\1***@", text)
+    return re.sub(r"""(\w://[^\s?'"]*\?)[^\s'"]+""", r"\1***", text)
 
 
 class UserError(ValueError):
     """Wrong input: one line that names the thing, its value, the rule and the way out. Exit code 2."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*_redacted_texts(arguments))
+
 
 class EnvironmentFault(RuntimeError):
-    """The machine or cluster failed us (disk full, worker lost for good). Exit code 3."""
+    """The machine or cluster failed us (disk full, worker lost for good), and another try would meet it again."""
+
+    exit_code = 3
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*_redacted_texts(arguments))
+
+
+def _redacted_texts(arguments: tuple[Any, ...]) -> list[Any]:
+    """Of an error: it may be shown, logged and written down anywhere."""
+    return [redacted(argument) if isinstance(argument, str) else argument for argument in arguments]
+
+
+class SaveFault(EnvironmentFault):
+    """Three checkpoints in a row could not be written."""
+
+    exit_code = 4
+
+
+class CrashLoop(EnvironmentFault):
+    """Training failed three times without progress."""
+
+    exit_code = 5
+
+
+class Diverged(EnvironmentFault):
+    """The state was not finite once more after all roll-backs a run may have."""
+
+    exit_code = 6
 
 
 def require(condition: bool, message: str) -> None:
@@ -42,6 +89,18 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
 
 def is_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
+
+
+def refuse_login(name: str, location: str) -> None:
+    """UserError for a URL that holds a user or password: settings are written into the run folder."""
+    require("@" not in re.split("[/?#]", location.partition("://")[2], maxsplit=1)[0],
+            f"{name} holds a user and password, which would be written down. Put them into ~/.netrc "
+            "(http) or the environment (AWS_ACCESS_KEY_ID, ...), and leave them out here.")
+
+
+def refuse_query(name: str, location: str) -> None:
+    require("://" not in location or "?" not in location,
+            f"{name}={location!r} has a query, which the files below it cannot have. Give the folder's URL alone.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +134,9 @@ class Data:
         if not self.labels.endswith((".json", ".csv", ".jsonl")):
             one_of("data.labels", self.labels, ["auto", "folders", "none"])
         self.encoding_of(4)
-        for name in ("source", "shards"):  # they are written into the run folder
-            location = getattr(self, name)
-            require("@" not in location.partition("://")[2].partition("/")[0],
-                    f"data.{name} holds a user and password, which would be written down. Put them into ~/.netrc "
-                    "(http) or the environment (AWS_ACCESS_KEY_ID, ...), and leave them out here.")
-        require("://" not in self.shards or "?" not in self.shards,
-                f"data.shards={self.shards.partition('?')[0]!r}?... has a query, which the files below it cannot "
-                "have. Give the folder's URL alone.")
+        refuse_login("data.source", self.source)
+        refuse_login("data.shards", self.shards)
+        refuse_query("data.shards", self.shards)
         for name in ("shard_images", "max_pixels", "deadline_s"):
             require(getattr(self, name) > 0, f"data.{name}={getattr(self, name)} must be positive.")
         for name in ("cache_gb", "download_gb"):
@@ -178,12 +232,23 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
+    """What is saved when, where to, and what of it stays."""
+
     every_images: int = 100_000  # beside the one at each stage's end, which is always kept
     keep: int = 2  # newest checkpoints inside a stage that stay
+    best: str = "swd"  # the checkpoint with the lowest of this metric at each resolution stays too
+    pin: list[str] = field(default_factory=list)  # names of checkpoints that stay whatever comes
+    location: str = ""  # "": the run folder; a path, s3:// or gs://: checkpoints go below <location>/<name> instead
+    background: bool = True  # False: training waits while a checkpoint is written, and holds no second copy of it
+    retry_s: float = 30.0  # until a failed save is tried again, training going on; three in a row stop the run
 
     def __post_init__(self) -> None:
         require(self.every_images > 0, f"checkpoints.every_images={self.every_images} must be positive.")
         require(self.keep >= 1, f"checkpoints.keep={self.keep}: keep at least 1, or a fault has nowhere to go back to.")
+        require(self.retry_s >= 0, f"checkpoints.retry_s={self.retry_s} must not be negative.")
+        one_of("checkpoints.best", self.best, ["swd", "frechet_pixels16", "ms_ssim"])
+        refuse_login("checkpoints.location", self.location)
+        refuse_query("checkpoints.location", self.location)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +275,7 @@ class Evaluation:
 class Cluster:
     address: str = ""  # "": RAY_ADDRESS if set, else a Ray of our own on this machine; `auto` joins the node's cluster
     group_timeout_s: float = 300.0  # to wait for a stage's workers to be placed
+    grace_s: float = 25.0  # after SIGTERM or Ctrl-C, to end the step and write a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,8 +393,10 @@ def as_dict(run: Run) -> dict[str, Any]:
 
 
 def dump(run: Run) -> str:
-    """The run as YAML text, every default written out; `load` reads it back equal."""
-    return yaml.safe_dump(asdict(run), sort_keys=False)
+    """The run as YAML text, every default written out; `load` reads it back equal but for a secret in data.source."""
+    raw = asdict(run)
+    raw["data"]["source"] = redacted_urls(run.data.source)
+    return yaml.safe_dump(raw, sort_keys=False)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -416,8 +484,9 @@ def _refuse_unknown_keys(raw: Any, schema: Any, prefix: str) -> None:
         elif typing.get_origin(kind) is list:
             if not isinstance(value, list):
                 raise UserError(f"{prefix}{key}={value!r} must be a list, one item per line after a `-`.")
-            for index, item in enumerate(value):
-                _refuse_unknown_keys(item, typing.get_args(kind)[0], f"{prefix}{key}.{index}.")
+            of = typing.get_args(kind)[0]
+            for index, item in enumerate(value if is_dataclass(of) else ()):
+                _refuse_unknown_keys(item, of, f"{prefix}{key}.{index}.")
 
 
 def _hint(word: str, known: Iterable[str]) -> str:

@@ -17,24 +17,26 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a bundled recipe such as `demo`.")]
 Settings = Annotated[list[str] | None, typer.Argument(
     metavar="[KEY=VALUE]...", help="Settings that override the file's, e.g. stages.*.workers=2.")]
+TakeOver = Annotated[bool, typer.Option(
+    "--take-over", help="Take a run on a shared disk from a process that cannot be reached: its later saves are void.")]
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/demo.")]
 
 
 @app.command()
 def run(config: Config, settings: Settings = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, like `gradine plan`.")] = False,
-        ) -> None:
+        take_over: TakeOver = False) -> None:
     """Shard if needed, train, evaluate, report. The same command again resumes."""
     if dry_run:
         plan(config, settings)
     else:
-        _train(config, settings, shard_if_needed=True)
+        _train(config, settings, True, take_over)
 
 
 @app.command()
-def train(config: Config, settings: Settings = None) -> None:
+def train(config: Config, settings: Settings = None, take_over: TakeOver = False) -> None:
     """Like `run`, on shards that exist already."""
-    _train(config, settings, shard_if_needed=False)
+    _train(config, settings, False, take_over)
 
 
 @app.command()
@@ -44,6 +46,15 @@ def plan(config: Config, settings: Settings = None) -> None:
     from gradine.pipeline.commands import print_plan
 
     print_plan(load(config, settings or ()))
+
+
+@app.command()
+def preflight(config: Config, settings: Settings = None) -> None:
+    """Run one real step of EVERY stage on its workers: memory, images/s and hours, before a run. Writes nothing."""
+    from gradine.configs.schema import load
+    from gradine.pipeline.preflight import print_preflight
+
+    print_preflight(load(config, settings or ()))
 
 
 @app.command()
@@ -121,28 +132,31 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def _train(config: str, settings: list[str] | None, shard_if_needed: bool) -> None:
+def _train(config: str, settings: list[str] | None, shard_if_needed: bool, take_over: bool) -> None:
     from gradine.configs.schema import load
     from gradine.pipeline.driver import train as train_run
+    from gradine.pipeline.signals import Stopped
 
     try:
-        train_run(load(config, settings or ()), shard_if_needed)
-    except KeyboardInterrupt:
-        print("gradine: interrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
+        train_run(load(config, settings or ()), shard_if_needed, take_over=take_over)
+    except Stopped as stop:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:  # before the driver listens
         sys.exit(130)
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 wrong input, 3 a fault of the machine or cluster, 130 interrupted."""
-    from gradine.configs.schema import EnvironmentFault, UserError
+    """Exit codes: 0 done, 2 wrong input, 3 a fault of the machine or cluster, 4 checkpoints cannot be written, 5 the
+    same failure three times, 6 not finite after all roll-backs, 130 Ctrl-C, 143 SIGTERM (both with a checkpoint)."""
+    from gradine.configs.schema import EnvironmentFault, UserError, redacted
 
     try:
         app()
     except (UserError, EnvironmentFault) as error:
         print(f"gradine: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 3)
+        sys.exit(2 if isinstance(error, UserError) else error.exit_code)
     except OSError as error:  # a full disk, a folder that cannot be written
-        print(f"gradine: {error}. Mend that; the same command then goes on.", file=sys.stderr)
+        print(f"gradine: {redacted(str(error))}. Mend that; the same command then goes on.", file=sys.stderr)
         sys.exit(3)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 import gradine
 from gradine.configs.schema import EnvironmentFault, Run, Stage, UserError
 from gradine.pipeline.plan import Plan
+
+SECONDS_TO_TELL = 3.0  # for the other workers' errors, once one has failed
 
 
 @contextmanager
@@ -110,10 +114,31 @@ class Worker:
             os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(workers),
                               MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
 
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
     def run_stage(self, *arguments: Any) -> Iterator[dict[str, Any]]:
         from gradine.stages.loop import run_stage
 
         yield from run_stage(*arguments)
+
+
+def says_why(error: Exception) -> bool:
+    """Whether a worker's error is more than the end of a connection to another one."""
+    from ray.exceptions import RayActorError
+
+    from gradine.stages.memory import OutOfMemory
+    from gradine.stages.watch import NonFinite
+
+    cause = getattr(error, "cause", None) or error
+    return isinstance(cause, UserError | EnvironmentFault | NonFinite | OutOfMemory | RayActorError)
+
+
+def whereabouts() -> tuple[str, int]:
+    """(node, pid) of the Ray process that is asked."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
 class Group:
@@ -148,6 +173,13 @@ class Group:
             for index in range(setting.workers)]
         master = ray.get(self.workers[0].address.remote())
         ray.get([worker.join.remote(rank, setting.workers, master) for rank, worker in enumerate(self.workers)])
+        self.places = self.call(whereabouts)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """function(*arguments) in every worker; the answers by rank."""
+        import ray
+
+        return ray.get([worker.call.remote(function, *arguments) for worker in self.workers])
 
     def events(self, *arguments: Any, idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
         """Rank 0's events of one stage; raises what any worker raised. `idle` is called about once a second."""
@@ -161,7 +193,39 @@ class Group:
                     yield ray.get(next(stream))
                 except StopIteration:
                     streams.remove(stream)
+                except Exception as error:
+                    raise self.cause_of(error, [other for other in streams if other is not stream]) from error
             idle()
+
+    def cause_of(self, error: Exception, others: list[Any]) -> Exception:
+        """What ended the stage: a worker may only have met the broken connection of the one it happened to."""
+        import ray
+
+        until = time.monotonic() + SECONDS_TO_TELL
+        while not says_why(error) and others and (left := until - time.monotonic()) > 0:
+            ready, _ = ray.wait(others, num_returns=1, timeout=left)
+            for stream in ready:
+                try:
+                    ray.get(next(stream))  # an event of before: what it told is on the disk as well
+                except StopIteration:
+                    others.remove(stream)
+                except Exception as another:
+                    others.remove(stream)
+                    error = another if says_why(another) else error
+        return error
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM to one worker, on this node if there is one; it tells the others: all end after the same step."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+        here = ray.get_runtime_context().get_node_id()
+        node, pid = next((place for place in self.places if place[0] == here), self.places[0])
+        if node == here:
+            os.kill(pid, signal.SIGTERM)
+        else:
+            there = On(node, soft=False)
+            ray.remote(num_cpus=0)(os.kill).options(scheduling_strategy=there).remote(pid, signal.SIGTERM)
 
     def end(self) -> None:
         import ray

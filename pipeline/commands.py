@@ -20,7 +20,8 @@ from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.shards import SHAPING, shard, source_of, summary_line
 from gradine.pipeline.sources import locate
-from gradine.stages import checkpoint
+from gradine.stages import commits
+from gradine.stages.commits import location_of
 from gradine.stages.store import Store
 
 
@@ -82,15 +83,16 @@ def shard_images(locations: list[str], settings: list[str], resolution: int, res
     print(summary_line(summary, data.shards))
 
 
-def chosen(path: Path, name: str) -> tuple[RunDir, Run, checkpoint.Checkpoint, dict[str, bytes]]:
+def chosen(path: Path, name: str) -> tuple[RunDir, Run, commits.Checkpoint, dict[str, bytes]]:
     """A run folder, its settings, and a verified checkpoint of it: by name, else the newest valid one."""
     folder = RunDir.existing(path)
     run = load(folder.config)
-    found, damaged = checkpoint.find(folder.checkpoints)
+    location = location_of(run, folder.path)
+    found, damaged = commits.find(location)
     if name:
         found = [c for c in found if c.name == name]
-        require(bool(found), f"{path} has no checkpoint {name!r}. Look into {folder.checkpoints}.")
-    newest, passed_over = checkpoint.newest_valid(found)
+        require(bool(found), f"{path} has no checkpoint {name!r}. Look into {location}.")
+    newest, passed_over = commits.newest_valid(found)
     if newest is None:
         damaged += passed_over
         raise UserError(f"{path} has no valid checkpoint{': ' + '; '.join(damaged) if damaged else ' yet'}.")
@@ -104,6 +106,7 @@ def evaluate_run(path: Path, name: str) -> None:
     rows = evaluate(run, of.path, str(folder.path), threads=max(1, int(run.evaluation.cpus)))
     for row in rows:
         folder.append("metrics.jsonl", row)
+    folder.close()
     print(figures_line(of, rows))
     print(f"report: {write_report(folder)}")
 

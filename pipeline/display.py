@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from gradine.configs.schema import Run
+from gradine.configs.schema import Run, redacted
 from gradine.pipeline.plan import seconds_left
+from gradine.pipeline.run_dir import append_whole, warn
 from gradine.stages import growth
 
 LOG_EVERY_S = 15.0
@@ -39,7 +44,7 @@ class Display:
             self.live.stop()
 
     def say(self, line: str, style: str = "") -> None:
-        self.console.print(Text(line, style))
+        self.console.print(Text(redacted(line), style))
 
     def tick(self, event: dict[str, Any]) -> None:
         size = event["resolution"]
@@ -55,32 +60,64 @@ class Display:
     def line(self, event: dict[str, Any]) -> str:
         """`  16px fade   alpha 0.42    12.3 of 40.0 kimg   130 images/s   D -3.1  G 0.9   3 min left`."""
         rate = self.rates.get(event["resolution"])
-        skipped = f"  {sum(event['skipped'])} updates skipped" if any(event["skipped"]) else ""
+        masked = f"  {sum(event['masked']):g} updates masked" if any(event["masked"]) else ""
         return (f"{event['resolution']:>5}px {event['phase']:<4}  alpha {event['alpha']:.2f}  "
                 f"{event['images_seen'] / 1000:>8.1f} of {self.schedule.end / 1000:.1f} kimg  "
                 f"{f'{rate:.0f}' if rate else '-':>5} images/s  D {event['loss_d']:8.3f}  G {event['loss_g']:8.3f}  "
-                f"{duration(seconds_left(self.run, event['images_seen'], self.rates))} left{skipped}")
+                f"{duration(seconds_left(self.run, event['images_seen'], self.rates))} left{masked}")
 
 
 class Board:
-    """TensorBoard's event files; their step is images seen."""
+    """TensorBoard's event files; their step is images seen. Disks that fail cost only the points of that time.
 
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.summary import Writer
+    Written event by event: TensorBoard's own writer leaves that to a thread, which a full disk ends for good.
+    """
 
-        self.writer = Writer(str(folder))
+    def __init__(self, folder: Path, tell: Callable[[str], None] = warn) -> None:
+        self.path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.tell, self.failing, self.dropped = tell, False, 0
 
     def tick(self, event: dict[str, Any]) -> None:
-        for name, value in event.items():
-            if isinstance(value, float):
-                self.writer.add_scalar(f"train/{name}", value, event["images_seen"])
+        self.draw({f"train/{name}": value for name, value in event.items() if isinstance(value, float)},
+                  event["images_seen"])
 
     def metric(self, row: dict[str, Any]) -> None:
         if row["value"] is not None:
-            self.writer.add_scalar(f"metrics/{row['metric']}", row["value"], row["images_seen"])
+            self.draw({f"metrics/{row['metric']}": row["value"]}, row["images_seen"])
+
+    def draw(self, points: dict[str, float], images_seen: int) -> None:
+        """Adds a point to each curve."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        event = Event(wall_time=time.time(), step=images_seen)
+        for tag, value in points.items():
+            event.summary.value.add(tag=tag, simple_value=value)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not (self.path.is_file() and self.path.stat().st_size):
+                append_whole(self.path, record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+            append_whole(self.path, record(event))
+        except OSError as error:  # the same figures are in the ledger
+            self.dropped += 1
+            if not self.failing:
+                self.tell(f"curves in {self.path.parent} cannot be written: {error.strerror}. Training goes on without")
+            self.failing = True
+            return
+        if self.failing:
+            self.tell(f"curves in {self.path.parent} are written again; they lack {self.dropped} points")
+            self.failing, self.dropped = False, 0
 
     def close(self) -> None:
-        self.writer.close()
+        """Nothing waits: every event is on its way to the disk when `draw` returns."""
+
+
+def record(event: Any) -> bytes:
+    """An event as event files hold it: length, check sum, content, check sum."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    content = io.BytesIO()
+    RecordWriter(content).write(event.SerializeToString())
+    return content.getvalue()
 
 
 def duration(seconds: float) -> str:

@@ -9,14 +9,17 @@ from typing import Any
 
 from gradine.configs.schema import Run, Stage, UserError, as_dict, flatten
 from gradine.stages import growth
-from gradine.stages.checkpoint import Checkpoint
+from gradine.stages.commits import Checkpoint
 
 # Settings that may differ between a run and its resumption: they change what is kept and shown, not what is trained.
-SAFE = ("resume", "preset", "branch", "tick_images", "runs", "checkpoints.", "evaluation.", "ray.",
+SAFE = ("resume", "preset", "branch", "tick_images", "runs", "evaluation.", "ray.",
+        "checkpoints.every_images", "checkpoints.keep", "checkpoints.best", "checkpoints.pin", "checkpoints.background",
+        "checkpoints.retry_s",
         "data.source", "data.shards", "data.cache_gb", "data.cache_dir", "data.max_rejected_share",
         "data.download_gb", "data.deadline_s")
 SAFE_OF_A_STAGE = ("workers", "micro_batch", "threads", "cpus", "gpus")  # the order of sums, not what is summed
 MACS_PER_IMAGE_AND_STEP = 18  # of one forward: G 1 + 3, D 3 + 1 + 4 + 4 + 2 (penalty's second backward included)
+STEP_MEMORY = 2.0  # of the plain sum of what a step keeps: 1.8 to 2.2 were seen on CPUs
 ASSUMED_GMACS = {"cpu": 60.0, "gpu": 6_000.0}  # a second, per core or GPU, where nothing was measured yet
 
 
@@ -123,7 +126,7 @@ def memory_gb(run: Run, stage: Stage) -> float:
     width = 2 if run.training.precision == "bfloat16" else 4
     # D keeps the maps of three forwards; the penalty's double backward keeps as much again
     maps = growth.activation_floats(run.network, stage.resolution) * micro * width * 3 * 4
-    return (weights + maps) / 1e9
+    return STEP_MEMORY * (weights + maps) / 1e9
 
 
 def macs_per_image(run: Run, resolution: int) -> int:

@@ -36,7 +36,7 @@ Line = dict[str, Any]  # of ledger.jsonl or metrics.jsonl
 COLUMNS = 8  # of a grid
 LARGE_ROWS, PAIR_ROWS = 8, 4  # of a grid: as many as are shown large, and beside the reals
 LARGE_PX, PAIR_PX = 1024, 768  # width a picture is reduced to: nine stages stay below about 6 MB
-REJECTED_SHOWN, EVENTS_SHOWN = 20, 100
+REJECTED_SHOWN, EVENTS_SHOWN, ALARMS_SHOWN = 20, 100, 20
 METRICS = {"swd": "SWD × 10³", "frechet_pixels16": "Fréchet distance at 16 px", "ms_ssim": "MS-SSIM of pairs"}
 
 
@@ -59,6 +59,7 @@ def write_report(run_dir: RunDir) -> Path:
         hero=newest_samples(results), panels=curves(ticks, plan, reached), distance=distance_by_stage(distances),
         final=next((row for row in reversed(distances) if row["value"] is not None), None),
         shards=_last(ledger, "shards"), rejected=rejected(run), rejected_shown=REJECTED_SHOWN,
+        alarms=[line for line in ledger if line["event"] == "alarm"], alarms_shown=ALARMS_SHOWN,
         events=events(ledger, ticks), events_shown=EVENTS_SHOWN, settings=dump(run), start=_last(ledger, "start"),
         written=time.time(), metrics=METRICS)
     write_atomic(run_dir.report, page.encode(errors="replace"))  # a file name may hold bytes that are no UTF-8
@@ -326,7 +327,7 @@ def rejected(run: Run) -> list[Line]:
 
 def events(ledger: list[Line], ticks: list[Line]) -> list[tuple[float, str, str]]:
     """(unix time, kind, text) of what did not go straight on, of all sessions, in the order it happened."""
-    return sorted([*_interruptions(ledger), *_skipped(ticks)])
+    return sorted([*_interruptions(ledger), *_masked(ticks)])
 
 
 def _interruptions(ledger: list[Line]) -> Iterable[tuple[float, str, str]]:
@@ -339,19 +340,31 @@ def _interruptions(ledger: list[Line]) -> Iterable[tuple[float, str, str]]:
             case "branch":
                 text = f"new branch of {line['resolution']} px from {line['images_seen']:,} images"
                 yield line["time"], "branch", f"{text}; superseded: {line['superseded']}"
+            case "stopped" if "reason" in line:
+                yield line["time"], "stopped", line["reason"]
+            case "roll_back":
+                yield line["time"], "rolled back", (f"from {line['last']:,} to {line['first']:,} images, which update "
+                                                    f"nothing since: {line['reason']}")
+            case "micro_batch":
+                yield line["time"], "out of memory", (f"{line['resolution']} px: micro_batch {line['was']} -> "
+                                                      f"{line['now']}: {line['reason']}")
+            case "save_failed":
+                yield line["time"], "save failed", (f"checkpoint at {line['images_seen']:,} images, {line['failures']} "
+                                                    f"in a row: {line['reason']}")
             case "evaluation" if line["error"]:
                 yield line["time"], "evaluation failed", f"{line['checkpoint']}: {line['error']}"
 
 
-def _skipped(ticks: list[Line]) -> Iterable[tuple[float, str, str]]:
+def _masked(ticks: list[Line]) -> Iterable[tuple[float, str, str]]:
     """Per stage, the updates left out because they were not finite. The ticks count them from the run's start."""
     before = (0, 0)
     by_stage = {tick["resolution"]: tick for tick in ticks}  # the last one counts
     for resolution, tick in by_stage.items():
-        discriminator, generator = (now - then for now, then in zip(tick["skipped"], before, strict=True))
-        before = tick["skipped"]
+        masked = tick["masked"] if "masked" in tick else tick["skipped"]  # the older name
+        discriminator, generator = (now - then for now, then in zip(masked, before, strict=True))
+        before = masked
         if discriminator > 0 or generator > 0:
-            yield (tick["time"], "skipped updates", f"{resolution} px: {discriminator:.0f} of the discriminator, "
+            yield (tick["time"], "masked updates", f"{resolution} px: {discriminator:.0f} of the discriminator, "
                                                     f"{generator:.0f} of the generator were not finite")
 
 

@@ -1,21 +1,34 @@
 """The run folder, the only truth: paths, atomic files, the lock, the ledger.
 
 runs/<name>/ config.yaml ledger.jsonl metrics.jsonl lock checkpoints/ samples/ tensorboard/ report.html export/
+
+Lines of the .jsonl files that a full or failing disk does not take wait in memory, and go before the next ones.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
-import socket
+import shutil
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gradine.configs.schema import UserError
+from gradine.configs.schema import EnvironmentFault, UserError, redacted
+from gradine.pipeline import lock
+
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # a disk may recover from these
+MOST_WAITING = 10_000  # lines per file, some 4 MB: a tick a second for almost three hours
+
+
+def warn(line: str) -> None:
+    print(f"gradine: {line}", file=sys.stderr, flush=True)
 
 
 class RunDir:
@@ -29,6 +42,8 @@ class RunDir:
         self.superseded = self.path / "superseded"
         self.initial = self.path / "initial"
         self.report = self.path / "report.html"
+        self.tell: Callable[[str], None] = warn  # how a person hears of a disk that fails, and that it works again
+        self.journals: dict[str, Journal] = {}
 
     @staticmethod
     def existing(path: str | Path) -> RunDir:
@@ -38,40 +53,45 @@ class RunDir:
         return folder
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the run folder; UserError naming the holder if a live process has it. Freed when the holder dies."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("a+") as lock:
+    def locked(self, take_over: bool = False) -> Iterator[lock.Held]:
+        """Holds the run folder; UserError naming the holder if a live process has it. See `lock.held`."""
+        with lock.held(self.path, take_over) as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise UserError(f"run folder {self.path} is in use by {lock.read().strip() or 'another process'}. "
-                                "Wait for it, stop it, or give this run another name=.") from None
-            lock.truncate(0)
-            lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
-            lock.flush()
-            yield
+                yield held
+            except BaseException:
+                for line in self.unwritten():
+                    self.tell(line)
+                raise
+            self.close()
+
+    def close(self) -> None:
+        """Writes what still waits. EnvironmentFault if the disk does not take it even now."""
+        if lost := self.unwritten():
+            raise EnvironmentFault("; ".join(lost))
+
+    def unwritten(self) -> list[str]:
+        """One more try to write what waits, then a line for each file that lacks lines for good."""
+        return [line for journal in self.journals.values() if (line := journal.last_words())]
 
     def record(self, event: str, **facts: Any) -> dict[str, Any]:
         """Appends one line to the ledger."""
         return self.append("ledger.jsonl", {"time": round(time.time(), 3), "event": event, **facts})
 
     def append(self, file: str, line: dict[str, Any]) -> dict[str, Any]:
-        """Appends one line to a .jsonl file; a torn line left by a kill is closed first."""
-        with (self.path / file).open("a+b") as out:
-            if out.tell() and os.pread(out.fileno(), 1, out.tell() - 1) != b"\n":
-                out.write(b"\n")
-            out.write(json.dumps(line).encode() + b"\n")
+        """Appends one line to a .jsonl file, without the secrets in its texts; it may wait for a disk to recover."""
+        journal = self.journals.setdefault(file, Journal(self.path / file, lambda text: self.tell(text)))
+        journal.append(json.dumps(without_secrets(line)).encode() + b"\n")
         return line
 
     def lines(self, file: str) -> list[dict[str, Any]]:
-        """Every whole line of a .jsonl file; one torn by a kill in mid-write is left out."""
-        path = self.path / file
+        """Every whole line of a .jsonl file and those that wait; one torn by a kill in mid-write is left out."""
+        path, journal = self.path / file, self.journals.get(file)
+        content = path.read_bytes() if path.is_file() else b""
+        content += b"\n" + b"".join(journal.waiting if journal else ())
         parsed = []
-        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        for text in content.decode(errors="replace").splitlines():
             with suppress(ValueError):
-                parsed.append(json.loads(line))
+                parsed.append(json.loads(text))
         return parsed
 
     def history(self) -> list[dict[str, Any]]:
@@ -82,3 +102,96 @@ class RunDir:
                 lineage = [old for old in lineage if old.get("images_seen", 0) <= line["images_seen"]]
             lineage.append(line)
         return lineage
+
+
+class Journal:
+    """A file of lines, each whole and in order, that a full or failing disk only holds up."""
+
+    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
+        self.path, self.tell = path, tell
+        self.waiting: deque[bytes] = deque()
+        self.failing, self.dropped = False, 0
+        self.writing = threading.Lock()
+
+    def append(self, line: bytes) -> None:
+        """Writes what waits, then `line`; OSError for what no time mends, such as a folder that is gone."""
+        with self.writing:
+            if len(self.waiting) < MOST_WAITING:
+                self.waiting.append(line)
+            else:
+                self._drop()
+            try:
+                self._write()
+            except OSError as error:
+                if error.errno not in PASSING:
+                    self.waiting.pop()
+                    raise
+                if not self.failing:
+                    self.tell(f"{self.path} cannot be written: {self._need(error)} Its lines wait in memory, all else "
+                              "goes on: make room there.")
+                self.failing = True
+
+    def _drop(self) -> None:
+        self.dropped += 1
+        if self.dropped == 1:
+            self.tell(f"{self.path}: {MOST_WAITING:,} lines wait for its disk, later ones are dropped")
+
+    def _write(self) -> None:
+        while self.waiting:
+            append_whole(self.path, (b"\n" if self._torn() else b"") + self.waiting[0])
+            self.waiting.popleft()
+        if self.failing:
+            lost = f"; {self.dropped:,} lines were dropped" if self.dropped else ", no line is lost"
+            self.tell(f"{self.path} is written again{lost}")
+            self.failing, self.dropped = False, 0
+
+    def _torn(self) -> bool:
+        """Whether a kill in mid-write left half a line, which must not swallow the next one."""
+        try:
+            with self.path.open("rb") as file:
+                return bool(file.seek(0, os.SEEK_END)) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        except FileNotFoundError:
+            return False
+
+    def last_words(self) -> str:
+        """Tries once more; then a line about what cannot be written, or nothing."""
+        with self.writing:
+            try:
+                self._write()
+            except OSError as error:
+                dropped = f" and {self.dropped:,} dropped ones" if self.dropped else ""
+                return (f"{len(self.waiting):,} lines{dropped} of {self.path} are lost: {self._need(error)} The "
+                        "checkpoints are as they were; make room there before the next run")
+        return ""
+
+    def _need(self, error: OSError) -> str:
+        try:
+            free = f"{shutil.disk_usage(self.path.parent).free:,}"
+        except OSError:
+            free = "unknown"
+        return f"{error.strerror}. It needs {sum(map(len, self.waiting)):,} bytes, {free} are free."
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Puts all of `content` at the end of a file, or raises OSError and leaves the file as it was."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    end = os.fstat(file).st_size
+    try:
+        try:
+            while content:  # a disk takes what still fits, and tells its trouble at the next try
+                content = content[os.write(file, content):]
+        finally:
+            os.close(file)  # NFS tells here
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, end)
+        raise
+
+
+def without_secrets(tree: Any) -> Any:
+    """JSON-ready data with every text `redacted`."""
+    if isinstance(tree, str):
+        return redacted(tree)
+    if isinstance(tree, dict):
+        return {key: without_secrets(value) for key, value in tree.items()}
+    return [without_secrets(item) for item in tree] if isinstance(tree, list | tuple) else tree

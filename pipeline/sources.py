@@ -55,6 +55,8 @@ class Listing:
 
 def locate(source: str) -> str:
     """Absolute path or URL; `bundled:` names a file that ships with gradine."""
+    require("?***" not in source, f"data.source={source!r}: what followed the ? is kept secret, and was not written "
+                                  "down. Give the whole URL again, as data.source=URL.")
     if is_remote(source):
         return source
     bundled = source.removeprefix("bundled:")

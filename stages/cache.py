@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -12,6 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from gradine.configs.schema import EnvironmentFault
+
+
+class NoRoom(EnvironmentFault):
+    """The disk of a cache file is full: what it would speed up works without."""
 
 
 def mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -32,8 +37,8 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f"{path.name}.lock").open("w")
     except OSError as error:
-        raise EnvironmentFault(f"data.cache_dir: {path.parent} cannot be written: {error.strerror}. "
-                               "Set it to a folder that can.") from error
+        raise fault(error)(f"data.cache_dir: {path.parent} cannot be written: {error.strerror}. "
+                           "Set it to a folder that can.") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -71,6 +76,10 @@ def allocate(path: Path, size: int) -> None:
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
         path.unlink(missing_ok=True)
-        raise EnvironmentFault(f"image cache {path} could not be made: {error.strerror}. It needs {size:,} bytes, "
-                               f"{free:,} are free. Set data.cache_dir to another disk, or data.cache_gb=0 to do "
-                               "without.") from error
+        raise fault(error)(f"image cache {path} could not be made: {error.strerror}. It needs {size:,} bytes, "
+                           f"{free:,} are free. Set data.cache_dir to another disk, or data.cache_gb=0 to do "
+                           "without.") from error
+
+
+def fault(error: OSError) -> type[EnvironmentFault]:
+    return NoRoom if error.errno in (errno.ENOSPC, errno.EDQUOT) else EnvironmentFault

@@ -1,19 +1,16 @@
-"""Checkpoints: weights and moments as safetensors, the rest as JSON, a MANIFEST that vouches for every byte.
+"""The state of training as a checkpoint's files, and back: weights and moments as safetensors, the rest as JSON.
 
-A checkpoint is a folder. It is written beside its final name, every file fsynced, the manifest last, then renamed: a
-folder without a valid manifest never counts. Nothing is unpickled. Loading verifies length and sha256 first.
+`commits.py` writes and verifies the files. `Saver` does so in a thread: training waits for one copy to the host.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
 import shutil
+import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,192 +19,194 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gradine.configs.schema import EnvironmentFault, Run, UserError
+from gradine.configs.schema import EnvironmentFault, Run, SaveFault, UserError
+from gradine.stages.commits import NETWORKS, SCHEMA, Damaged, Fenced, Term, commit, state_of
 from gradine.stages.step import TrainState, non_finite_tensors
+from gradine.stages.store import is_remote
+from gradine.stages.watch import NonFinite
 
-SCHEMA = 1
-MANIFEST = "MANIFEST.json"
-NETWORKS = ("generator", "discriminator", "average")
-PARTIAL = ".partial-"  # prefix of a folder still being written
-SET_ASIDE = ".damaged-"  # in the name of a folder that a valid checkpoint took the place of
-
-
-class Damaged(ValueError):
-    """A checkpoint that must not be used, with the file and the reason."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint as its state.json describes it; `plan.py` chooses among these."""
-
-    path: str
-    resolution: int
-    phase: str
-    images_seen: int
-    stage_end: bool
-
-    @property
-    def name(self) -> str:
-        return Path(self.path).name
+FAILED_SAVES_IN_A_ROW = 3
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam, per parameter
 
 
 def name_of(resolution: int, phase: str, images_seen: int) -> str:
     return f"r{resolution:04d}-{phase}-{images_seen:09d}"
 
 
-def save(folder: Path, state: TrainState, info: dict[str, Any]) -> Path:
-    """Commits `state` as folder/<name>; `info` holds resolution, phase, stage_end and what else a reader wants.
+def save(location: str | Path, state: TrainState, info: dict[str, Any], term: Term | None = None) -> str:
+    """Commits `state` under its name; `info` holds resolution, phase, stage_end and what else a reader wants. -> path
 
-    Raises EnvironmentFault if the state is not finite or the disk fails; then nothing under the final name changed.
+    Raises NonFinite for a state that is not finite, else what `commit` raises; then nothing new counts.
     """
-    final = folder / name_of(info["resolution"], info["phase"], state.images_seen)
-    tensors = tensors_of(state)
+    return write(location, tensors_of(state), described(state, info), term)
+
+
+def described(state: TrainState, info: dict[str, Any]) -> dict[str, Any]:
+    return {"schema": SCHEMA, **info, "images_seen": state.images_seen, "masked": [int(n) for n in state.masked]}
+
+
+def write(location: str | Path, tensors: dict[str, dict[str, Tensor]], info: dict[str, Any],
+          term: Term | None = None) -> str:
+    name = name_of(info["resolution"], info["phase"], info["images_seen"])
     everything = ((f"{file}/{name}", tensor) for file, part in tensors.items() for name, tensor in part.items())
     if bad := non_finite_tensors(everything):
-        raise EnvironmentFault(f"checkpoint {final.name} refused: {len(bad)} tensors are not finite, first {bad[0]}. "
-                               "The last checkpoint stands; branch off an earlier stage with a lower learning rate.")
-    info = {"schema": SCHEMA, **info, "images_seen": state.images_seen, "skipped": [int(n) for n in state.skipped]}
-    files = {f"{file}.safetensors": safetensors.torch.save(part) for file, part in tensors.items()}
-    files["state.json"] = json.dumps(info, indent=1).encode()
-    try:
-        return commit(folder, final, files)
-    except OSError as error:
-        needed = sum(map(len, files.values()))
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        room = f" It needs {needed:,} bytes, {free:,} are free." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise EnvironmentFault(f"checkpoint {final} could not be written: {error.strerror}.{room} "
-                               "The last checkpoint stands; the same command resumes from it.") from error
+        raise NonFinite(f"{len(bad)} tensors are not finite, first {bad[0]}: checkpoint {name} was not written",
+                        info["images_seen"])
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        for file, part in tensors.items():
+            yield f"{file}.safetensors", safetensors.torch.save(part)
+        yield "state.json", json.dumps(info, indent=1).encode()
+
+    return commit(location, name, files(), term)
 
 
-def commit(folder: Path, final: Path, files: dict[str, bytes]) -> Path:
-    """Writes the files and their manifest so that `final` appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{PARTIAL}{final.name}-{os.getpid()}"
-    partial.mkdir()
-    try:
-        for name, content in files.items():
-            _write(partial / name, content)
-        listing = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
-        manifest = {"schema": SCHEMA, "name": final.name, "created": time.time(), "files": listing}
-        _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _sync_folder(partial)
-        if final.exists():  # only a damaged one can be met here: a valid one would have been resumed from
-            asides = (final.with_name(f"{final.name}{SET_ASIDE}{n}") for n in range(10**6))
-            final.rename(next(path for path in asides if not path.exists()))
-        partial.rename(final)
-        _sync_folder(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
+class Saver:
+    """Commits states in a thread of its own: training goes on once they are copied to the host.
 
-
-def read(path: str | Path) -> dict[str, bytes]:
-    """All files of a checkpoint, verified against its manifest; raises Damaged with the file and the reason."""
-    path = Path(path)
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        listing = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        schema = manifest["schema"]
-    except FileNotFoundError:
-        raise Damaged(f"{path} has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise Damaged(f"{path / MANIFEST} cannot be read: {error}") from error
-    if schema != SCHEMA:
-        raise Damaged(f"{path} has schema {schema}, this gradine reads {SCHEMA}")
-    if extra := sorted({p.name for p in path.iterdir()} - set(listing) - {MANIFEST}):
-        raise Damaged(f"{path / extra[0]} is not in the manifest")
-    files = {}
-    for name, (size, digest) in listing.items():
-        if Path(name).name != name:
-            raise Damaged(f"{path / MANIFEST} names a file outside the checkpoint: {name!r}")
-        file = path / name
-        if file.is_symlink() or not file.is_file():
-            raise Damaged(f"{file} is missing or no plain file")
-        if file.stat().st_size != size:
-            raise Damaged(f"{file} has {file.stat().st_size} bytes, its manifest says {size}")
-        try:
-            files[name] = file.read_bytes()
-        except OSError as error:
-            raise Damaged(f"{file} cannot be read: {error.strerror}") from error
-        if hashlib.sha256(files[name]).hexdigest() != digest:
-            raise Damaged(f"{file} does not match the sha256 in its manifest")
-    return files
-
-
-def describe(path: Path) -> Checkpoint:
-    """What a checkpoint is of, from its state.json alone; `read` verifies the rest before use. Raises Damaged."""
-    try:
-        listed = json.loads((path / MANIFEST).read_bytes())["files"]["state.json"]["sha256"]
-        content = (path / "state.json").read_bytes()
-        if hashlib.sha256(content).hexdigest() != listed:
-            raise Damaged(f"{path / 'state.json'} does not match the sha256 in its manifest")
-        info = json.loads(content)
-        return Checkpoint(str(path), info["resolution"], info["phase"], info["images_seen"], info["stage_end"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(str(error) if isinstance(error, Damaged) else
-                      f"{path} has no readable {MANIFEST} and state.json ({error})") from error
-
-
-def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
-    """Checkpoints by images seen, and a line for each folder that is none."""
-    found, damaged = [], []
-    for path in sorted(p for p in folder.glob("r[0-9]*") if SET_ASIDE not in p.name):
-        try:
-            found.append(describe(path))
-        except Damaged as error:
-            damaged.append(str(error))
-    return sorted(found, key=lambda c: (c.images_seen, c.resolution)), damaged
-
-
-def newest_valid(found: list[Checkpoint]) -> tuple[tuple[Checkpoint, dict[str, bytes]] | None, list[str]]:
-    """The last of `found` that is valid, with its files, or None; and a line for each damaged one passed over."""
-    damaged: list[str] = []
-    for candidate in reversed(found):
-        try:
-            return (candidate, read(candidate.path)), damaged
-        except Damaged as error:
-            damaged.append(str(error))
-    return None, damaged
-
-
-def retire(folder: Path, keep: int, now: int) -> list[str]:
-    """Deletes checkpoints inside stages up to images_seen `now` but the newest `keep`; never a stage's final one.
-
-    Later ones were passed over as damaged: they neither count nor go. -> names deleted.
+    One is being written and at most one waits; a newer one takes the place of one that waits, unless that ends a stage.
+    A failed save is tried again after `retry_s`; the third failure in a row ends the stage with SaveFault.
     """
-    inside = [c for c in find(folder)[0] if not c.stage_end and c.images_seen <= now]
-    for checkpoint in inside[:-keep]:
-        doomed = folder / f"{PARTIAL}{checkpoint.name}-retired"
-        Path(checkpoint.path).rename(doomed)  # from here on it is an orphan, whatever happens during the deletion
-        shutil.rmtree(doomed)
-    return [checkpoint.name for checkpoint in inside[:-keep]]
 
+    def __init__(self, run: Run, location: str, term: Term) -> None:
+        self.settings, self.location, self.term = run.checkpoints, location, term
+        self.waiting: list[tuple[dict[str, dict[str, Tensor]], dict[str, Any]]] = []
+        self.happened: list[dict[str, Any]] = []
+        self.fault: BaseException | None = None
+        self.failures = 0
+        self.hurried = self.closed = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._work, name="gradine-saver", daemon=True)
+        self.thread.start()
 
-def remove_orphans(folder: Path) -> list[str]:
-    """Deletes what a killed save or clean-up left. For the start of a run, under its lock."""
-    orphans = sorted(folder.glob(f"{PARTIAL}*"))
-    for path in orphans:
-        shutil.rmtree(path)
-    return [path.name for path in orphans]
+    def save(self, state: TrainState, info: dict[str, Any]) -> None:
+        """Hands the state over. Returns when it is copied, or with checkpoints.background=false when it is written."""
+        with self.changed:  # before the copy is made: never are there three
+            if len(self.waiting) > 1 and not self.waiting[-1][1]["stage_end"]:
+                left_out = self.waiting.pop()[1]
+                self.happened.append({"event": "save_left_out", "images_seen": left_out["images_seen"],
+                                      "resolution": left_out["resolution"],
+                                      "reason": "the one before was still being written when the next was due"})
+        job = tensors_of(state, copy=self.settings.background), described(state, info)
+        with self.changed:
+            self.waiting.append(job)
+            self.changed.notify_all()
+        if not self.settings.background:
+            self.wait()
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What has happened since the last call: `checkpoint`, `save_failed`, `save_left_out`; then raises a fault."""
+        with self.changed:
+            happened, self.happened = self.happened, []
+            fault = self.fault
+        yield from (event for event in happened)  # Ray sends into generators, which a list does not take
+        if fault:
+            raise fault
+
+    def wait(self, hurry: bool = False) -> None:
+        """Until everything handed over is durable, or will not be. hurry: without pauses between tries."""
+        with self.changed:
+            self.hurried = hurry
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: not self.waiting or self.fault or self.closed)
+
+    def close(self) -> None:
+        """Ends the thread after the save under way; what waits is not written any more."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+        self.thread.join()
+
+    def _work(self) -> None:
+        try:
+            while self._round():
+                pass
+        except BaseException as error:  # training has to hear of it, whatever it is
+            with self.changed:
+                self.fault = error
+                self.changed.notify_all()
+
+    def _round(self) -> bool:
+        """One attempt at what waits first; on leaving, its copy on the host is let go of. -> whether to go on"""
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting or self.closed)
+            if self.closed:
+                return False
+            tensors, info = self.waiting[0]
+        done = self._attempt(tensors, info)
+        with self.changed:
+            if not done:
+                self.changed.wait_for(lambda: self.closed or self.hurried, self.settings.retry_s)
+            if done or (len(self.waiting) > 1 and not info["stage_end"]):  # a newer one makes this one needless
+                self.waiting.pop(0)
+            self.changed.notify_all()
+        return True
+
+    def _attempt(self, tensors: dict[str, dict[str, Tensor]], info: dict[str, Any]) -> bool:
+        about = {"images_seen": info["images_seen"], "resolution": info["resolution"], "phase": info["phase"]}
+        began = time.perf_counter()
+        try:
+            path = write(self.location, tensors, info, self.term)
+        except Fenced:  # no other try would end otherwise
+            raise
+        except (OSError, UserError, EnvironmentFault) as error:
+            self.failures += 1
+            reason = self._reason(tensors, error)
+            with self.changed:
+                self.happened.append({"event": "save_failed", **about, "failures": self.failures, "reason": reason})
+            if self.failures == FAILED_SAVES_IN_A_ROW:
+                raise SaveFault(f"{self.failures} checkpoints in a row could not be written below {self.location}: "
+                                f"{reason}. The last one that was stands; mend that, and the same command resumes "
+                                "from it.") from error
+            return False
+        self.failures = 0
+        with self.changed:
+            self.happened.append({"event": "checkpoint", "path": path, **about, "stage_end": info["stage_end"],
+                                  "term": self.term.number, "seconds": time.perf_counter() - began})
+        return True
+
+    def _reason(self, tensors: dict[str, dict[str, Tensor]], error: Exception) -> str:
+        if not isinstance(error, OSError):
+            return str(error)
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not is_remote(self.location):
+            needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+            disk = next(path for path in (Path(self.location), *Path(self.location).parents) if path.exists())
+            reason += f"; it needs {needed:,} bytes, {shutil.disk_usage(disk).free:,} are free"
+        return reason
 
 
 def load_tensors(files: dict[str, bytes], part: str) -> dict[str, Tensor]:
+    """The tensors of one file. Damaged if it is no safetensors file, or holds a NaN, an infinity or no float32."""
     try:
-        return safetensors.torch.load(files[f"{part}.safetensors"])
-    except (SafetensorError, KeyError) as error:
-        raise Damaged(f"{part}.safetensors: {error}") from error
+        tensors = safetensors.torch.load(files[f"{part}.safetensors"])
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise Damaged(f"{part}.safetensors: {' '.join(str(error).split()):.300}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise Damaged(f"{part}.safetensors: {name!r:.80} is {tensor.dtype}, all that is saved is float32")
+    if tensors and (bad := non_finite_tensors(tensors.items())):
+        raise Damaged(f"{part}.safetensors: {bad[0]!r:.80} is not finite")
+    return tensors
 
 
-def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    """Every tensor of the state, per file, on the CPU; names are those of the networks' layers."""
+def tensors_of(state: TrainState, copy: bool = False) -> dict[str, dict[str, Tensor]]:
+    """Every tensor of the state, per file, on the CPU; names are those of the networks' layers.
+
+    copy: none shares memory with the state, which may change.
+    """
+    return {file: {name: tensor.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format).contiguous()
+                   for name, tensor in part.items()} for file, part in parts_of(state).items()}
+
+
+def parts_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """Every tensor that is saved, per file, where and as it is."""
     parts = {role: getattr(state, role).state_dict() for role in NETWORKS}
     parts["optimizers"] = {f"{role}.{name}.{moment}": value
                            for role in ("generator", "discriminator")
                            for name, moments in named_moments(state, role)
                            for moment, value in moments.items()}
-    return {file: {name: tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
-                   for name, tensor in part.items()} for file, part in parts.items()}
+    return parts
 
 
 def named_moments(state: TrainState, role: str) -> Iterable[tuple[str, dict[str, Tensor]]]:
@@ -217,32 +216,59 @@ def named_moments(state: TrainState, role: str) -> Iterable[tuple[str, dict[str,
 
 
 def restore(state: TrainState, files: dict[str, bytes]) -> None:
-    """Loads a checkpoint of the SAME stage into `state`: weights, average, moments, clock, counts."""
+    """Loads a checkpoint of the SAME stage into `state`: weights, average, moments, clock, counts.
+
+    Raises Damaged, or UserError where it holds other tensors than this stage's networks have.
+    """
+    info, moments = state_of(files["state.json"]), load_tensors(files, "optimizers")
     for role in NETWORKS:
-        getattr(state, role).load_state_dict(load_tensors(files, role))
-    info = json.loads(files["state.json"])
+        load_network(getattr(state, role), role, files)
+    wanted = {f"{role}.{name}.{key}": (role, parameter, key) for role in ("generator", "discriminator")
+              for name, parameter in getattr(state, role).named_parameters() for key in MOMENTS}
+    if moments:  # none before the first step of a phase
+        shapes = {name: torch.Size() if key == "step" else parameter.shape
+                  for name, (_, parameter, key) in wanted.items()}
+        refuse_others("optimizers", moments, shapes)
+    for name, tensor in moments.items():
+        role, parameter, key = wanted[name]
+        like = tensor.to(parameter.device, copy=True)
+        getattr(state, f"{role}_adam").state[parameter][key] = (
+            like if key == "step" else _laid_out_as(like, parameter))
     state.images_seen = info["images_seen"]
-    state.skipped.copy_(torch.tensor(info["skipped"]))
-    moments = load_tensors(files, "optimizers")
-    for role in ("generator", "discriminator"):
-        adam = getattr(state, f"{role}_adam")
-        for name, parameter in getattr(state, role).named_parameters():
-            prefix = f"{role}.{name}."
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if prefix + key in moments:
-                    like = moments[prefix + key].to(parameter.device, copy=True)
-                    adam.state[parameter][key] = like if key == "step" else _laid_out_as(like, parameter)
+    state.masked.copy_(torch.tensor(info["masked"]))
+
+
+def load_network(network: nn.Module, role: str, files: dict[str, bytes]) -> None:
+    """Loads all layers of one network. Raises Damaged, or UserError where the file has not exactly these."""
+    stored = load_tensors(files, role)
+    refuse_others(role, stored, {name: tensor.shape for name, tensor in network.state_dict().items()})
+    network.load_state_dict(stored)
+
+
+def refuse_others(part: str, stored: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    for name in sorted(stored.keys() ^ shapes.keys()):
+        raise UserError(f"{part}: the checkpoint {'lacks' if name in shapes else 'also has'} the tensor {name!r:.80}. "
+                        "Resume with the network settings and the version it was written with.")
+    for name, tensor in stored.items():
+        if tensor.shape != shapes[name]:
+            raise UserError(f"{part}.{name} is {list(tensor.shape)} in the checkpoint, {list(shapes[name])} here. "
+                            "Use the same network settings.")
 
 
 def grow(state: TrainState, files: dict[str, bytes]) -> None:
     """Loads another stage's or run's weights where names match; new layers keep their fresh ones, in the average too.
 
-    Raises UserError where a layer of the same name has another shape.
+    Raises Damaged, or UserError where a layer of the same name has another shape or one that both must have is missing.
     """
+    theirs = state_of(files["state.json"])["resolution"]
     for role in NETWORKS:
         network: nn.Module = getattr(state, role)
         own = network.state_dict()
         shared = {name: tensor for name, tensor in load_tensors(files, role).items() if name in own}
+        both = [name for name in own if name.startswith("blocks.") and int(name.split(".")[1]) <= theirs]
+        if missing := sorted(set(both) - set(shared)):
+            raise UserError(f"{role}: the starting weights of {theirs} px lack {missing[0]!r}, so they are of another "
+                            "program or were edited. Start from a checkpoint that gradine wrote.")
         for name, tensor in shared.items():
             if tensor.shape != own[name].shape:
                 raise UserError(f"{role}.{name} is {list(tensor.shape)} in the starting weights, "
@@ -254,25 +280,10 @@ def refuse_other_channels(run: Run, files: dict[str, bytes]) -> None:
     """UserError for another run's weights that are of other images: a stage without a shared to-RGB would not tell."""
     biases = (tensor for name, tensor in load_tensors(files, "average").items()
               if name.startswith("to_rgb.") and name.endswith(".bias"))
-    if (theirs := len(next(biases))) != run.data.channels:
+    if (theirs := next((bias.numel() for bias in biases), 0)) != run.data.channels:
         raise UserError(f"init_from: the starting weights make images of {theirs} channels, this run has "
                         f"data.channels={run.data.channels}. Start from a run with the same, or without init_from.")
 
 
 def _laid_out_as(tensor: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter).copy_(tensor)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

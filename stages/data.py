@@ -30,7 +30,7 @@ import torch
 
 from gradine.configs.schema import ENCODINGS, Data, EnvironmentFault, Run, UserError
 from gradine.stages import growth, order
-from gradine.stages.cache import allocate, locked, make_room, mapped, publish
+from gradine.stages.cache import NoRoom, allocate, locked, make_room, mapped, publish
 from gradine.stages.pixels import decode, suffix
 from gradine.stages.step import Share
 from gradine.stages.store import Store
@@ -96,11 +96,15 @@ class Images:
         self._ahead = ThreadPoolExecutor(1, "ahead")
         self._asked: list[int] = []
         self._pixels: np.ndarray | None = None  # the mapped cache
+        self.notes: list[str] = []  # what a person should know of, though the images come all the same
         self._threads = decode_threads
         self._refuse_torn_set()
         self.shape = (resolution, resolution, self.index["channels"])
         if len(self) * int(np.prod(self.shape)) <= data.cache_gb * 1e9:
-            self._map_cache()
+            try:
+                self._map_cache()
+            except NoRoom as error:  # the next stage, or the next start, tries again
+                self.notes.append(f"{error} Until then images of {resolution}px are decoded as they come.")
 
     def __len__(self) -> int:
         return self.index["images"]
@@ -323,8 +327,9 @@ class Images:
                 for first in range(0, len(self), 1024):  # or damage is told only after all threads are through
                     self._begin(np.arange(first, min(first + 1024, len(self))), pixels[first:first + 1024])()
                 pixels.flush()
-                self._pixels = np.memmap(building, np.uint8, "r", shape=shape)
+                made = np.memmap(building, np.uint8, "r", shape=shape)
                 publish(building, path, budget)
+                self._pixels = made
             finally:
                 building.unlink(missing_ok=True)
 

@@ -6,7 +6,6 @@ distance that two sets of reals have by chance. Fakes, reals and floor always ha
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,25 +18,34 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from gradine.configs.schema import Run
-from gradine.stages import checkpoint
+from gradine.stages import commits
 from gradine.stages.data import Images
 from gradine.stages.generate import draw_latents, generate, grid, load_average, save_png
-from gradine.stages.metrics import MultiScaleSSIM, PixelFrechet, SlicedWasserstein, sliced_wasserstein_count
+from gradine.stages.metrics import (
+    MultiScaleSSIM,
+    PixelFrechet,
+    SlicedWasserstein,
+    coverage,
+    pixel_features,
+    sliced_wasserstein_count,
+)
 from gradine.stages.networks import Generator, initialise
 
 Row = dict[str, Any]
 MS_SSIM_IMAGES = 20_000  # as 10,000 pairs
+COVERAGE_IMAGES = 2_000  # of each side at most: their distances take a second or two
+NEIGHBORS = 5  # the k of coverage
 
 
 def evaluate(run: Run, path: str, out: str, threads: int = 1) -> list[Row]:
     """Writes the sample and real grids below `out`/samples; returns one row per metric for metrics.jsonl.
 
-    Raises checkpoint.Damaged for a checkpoint that must not be used.
+    Raises commits.Damaged for a checkpoint that must not be used.
     """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if run.evaluation.gpus and torch.cuda.is_available() else "cpu")
-    files = checkpoint.read(path)
-    info = json.loads(files["state.json"])
+    files = commits.read(path)
+    info = commits.state_of(files["state.json"])
     resolution, images_seen = info["resolution"], info["images_seen"]
     average = load_average(run, files).to(device)
     images = Images(run.data, resolution, threads)
@@ -58,9 +66,9 @@ def evaluate(run: Run, path: str, out: str, threads: int = 1) -> list[Row]:
         began = time.perf_counter()
         figures = compute(subjects)
         rows.append({"metric": metric, "value": None, "reason": None, "levels": None, "floor": None, "untrained": None,
-                     "reals": None, "resolution": resolution, "checkpoint": Path(path).name,
-                     "images_seen": images_seen, "count": reals.count, "seed": run.training.seed, **figures,
-                     "seconds": round(time.perf_counter() - began, 2)})
+                     "reals": None, "spread": None, "coverage": None, "coverage_count": None, "resolution": resolution,
+                     "checkpoint": Path(path).name, "images_seen": images_seen, "count": reals.count,
+                     "seed": run.training.seed, **figures, "seconds": round(time.perf_counter() - began, 2)})
     images.close()
     return rows
 
@@ -117,11 +125,39 @@ def swd(it: Subjects) -> Row:
 
 
 def frechet(it: Subjects) -> Row:
-    """Frechet distance on pixels reduced to at most 16x16; needs no feature network, and is no FID."""
+    """Frechet distance on pixels reduced to at most 16x16; needs no feature network, and is no FID. Of the averaged
+    generator also `spread`, the variance of its pixels over that of the reals': near 0 where its images are all alike,
+    and `coverage`: small where they are few, but also where they are not yet like the reals.
+    """
     if it.reals.count < 2:
         return {"reason": f"{len(it.reals.images)} reals are too few for two sets of at least 2"}
-    return {name: fed(PixelFrechet(channels=it.run.data.channels), it.reals, batches)
-            for name, batches in it.held_against_reals()}
+    figures: Row = {}
+    for name, batches in it.held_against_reals():
+        metric = PixelFrechet(channels=it.run.data.channels)
+        figures[name] = fed(metric, it.reals, batches)
+        if name == "value":
+            figures["spread"] = metric.spread()
+    return {**figures, **covered(it)}
+
+
+def covered(it: Subjects) -> Row:
+    """`coverage` of the first set's first reals by as many fakes, and how many of each: at most COVERAGE_IMAGES."""
+    if it.reals.count <= NEIGHBORS:
+        return {}
+    reals, fakes = first_features(it.reals.batches(0)), first_features(generate(it.average, it.latents))
+    return {"coverage": coverage(reals, fakes, NEIGHBORS), "coverage_count": len(reals)}
+
+
+def first_features(batches: Iterator[Tensor]) -> Tensor:
+    """Of the first COVERAGE_IMAGES images; those after them are neither read nor generated."""
+    features: list[Tensor] = []
+    room = COVERAGE_IMAGES
+    for batch in batches:
+        features.append(pixel_features(batch[:room]))
+        room -= len(features[-1])
+        if not room:
+            break
+    return torch.cat(features)
 
 
 def fed(metric: Metric, reals: RealSets, others: Iterator[Tensor]) -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from gradine.configs.schema import Run
-from gradine.stages import checkpoint
+from gradine.stages import checkpoint, commits
 from gradine.stages.growth import random_seed
 from gradine.stages.networks import Generator
 
@@ -21,10 +21,10 @@ COLUMNS = 8  # of a grid
 
 
 def load_average(run: Run, files: dict[str, bytes]) -> Generator:
-    """The averaged generator of a verified checkpoint, ready to sample at alpha = 1."""
-    resolution = json.loads(files["state.json"])["resolution"]
+    """The averaged generator of a verified checkpoint, ready to sample at alpha = 1. Raises Damaged or UserError."""
+    resolution = commits.state_of(files["state.json"])["resolution"]
     generator = Generator(run.network, resolution, resolution > run.stages[0].resolution, run.data.channels)
-    generator.load_state_dict(checkpoint.load_tensors(files, "average"))
+    checkpoint.load_network(generator, "average", files)
     return generator.eval().requires_grad_(False)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import os
 import resource
 import time
@@ -19,27 +18,47 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from torch import Tensor
 
 from gradine.configs.schema import EnvironmentFault, Run
-from gradine.stages import checkpoint, growth
+from gradine.stages import checkpoint, commits, growth
+from gradine.stages.checkpoint import Saver
+from gradine.stages.commits import Term, location_of
 from gradine.stages.data import Images, batches, data_digest, prefetch
 from gradine.stages.losses import penalty_divisor
+from gradine.stages.memory import out_of_memory_named
 from gradine.stages.networks import Discriminator, Generator, initialise
 from gradine.stages.step import Rules, TrainState, new_adam, train_step
+from gradine.stages.stopping import StopFlag, listening
+from gradine.stages.watch import Alarms, Watch
 
 Event = dict[str, Any]
 TICKS_PER_PHASE = 200
-MASKED_IN_A_ROW = 20
 
 
-def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial: str | None = None) -> Iterator[Event]:
-    """Trains run.stages[stage] from checkpoint `start` to the stage's end, saving below `out`/checkpoints.
+def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial: str | None = None,
+              term: Term | None = None) -> Iterator[Event]:
+    """Trains run.stages[stage] from checkpoint `start` to the stage's end, saving below the run folder `out`.
 
     start: a checkpoint inside this stage (goes on exactly there), or at the end of the stage before (grows), or None
     for the first stage. initial: a checkpoint of another run, whose weights new layers take where names match.
-    Yields `tick`, `checkpoint` and `stage_end` events, JSON-ready, as they happen; ranks above 0 yield nothing.
+    term: the right to commit, and the ranges of images whose steps update nothing.
+    Yields events, JSON-ready, as they happen: `note`, `tick`, `alarm`, `checkpoint`, `save_failed`, `save_left_out`,
+    and at last `stage_end` or, after a SIGTERM to any rank, `stopped`. Ranks above 0 yield nothing.
+    Raises NonFinite and OutOfMemory, which going on from a checkpoint in another way may mend.
     """
     clock = Stopwatch()
+    term = term or Term(skipped=commits.describe(start).skipped if start else ())
+    try:
+        with listening(), out_of_memory_named(run.stages[stage]):
+            yield from _run_stage(run, stage, start, out, initial, term, clock)
+    except Exception as error:
+        error.add_note(f"stage {run.stages[stage].resolution}px, after images_seen={clock.images_seen:,}")
+        raise
+
+
+def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial: str | None, term: Term,
+               clock: Stopwatch) -> Iterator[Event]:
     setting, schedule = run.stages[stage], growth.schedule(run)
     accelerator = new_accelerator(setting.gpus == 0, setting.workers)
     torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.workers))
@@ -49,18 +68,23 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
     refuse_unequal_starts(accelerator, state)
     reduce = functools.partial(accelerator.reduce, reduction="sum") if workers > 1 else None
     rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution))
-    images = Images(run.data, setting.resolution, decode_threads=torch.get_num_threads())
+    images = Images(run.data, setting.resolution, torch.get_num_threads())
     ahead = batches(run, stage, images, state.images_seen, accelerator.process_index, workers)
     if accelerator.device.type == "cuda":
         ahead = ([share.pinned() for share in shares] for shares in ahead)
     source = prefetch(ahead)
     info = {"resolution": setting.resolution, "data": data_digest(run.data, setting.resolution),
-            "workers": workers, "micro_batch": setting.micro_batch, "threads": torch.get_num_threads()}
-    end = schedule.stage_span(stage)[1]
-    watch = Watch(setting.batch_size, state.images_seen, state.skipped.tolist())
+            "skipped": term.skipped, "workers": workers, "micro_batch": setting.micro_batch,
+            "threads": torch.get_num_threads()}
+    end, last_saved = schedule.stage_span(stage)[1], state.images_seen
+    watch, alarms = Watch(setting.batch_size, state.images_seen, state.masked.tolist()), Alarms.of(run, stage)
+    stop = StopFlag(workers)
+    saver = Saver(run, location_of(run, out), term) if accelerator.is_main_process else None
     clock.seconds["setup"] = time.perf_counter() - clock.started
-    with closing(images), closing(source):  # type: ignore[type-var]  # a generator has close()
-        while state.images_seen < end:
+    with closing(images), closing(source), closing(stop), closing(saver or _Nothing()):  # type: ignore[type-var]
+        if saver:
+            yield from ({"event": "note", "resolution": setting.resolution, "text": note} for note in images.notes)
+        while state.images_seen < end and not stop.agreed():
             moment = growth.at(schedule, state.images_seen)
             if moment.starts_phase:
                 state.generator_adam, state.discriminator_adam = (
@@ -68,32 +92,43 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
             with clock.measure("data"):
                 shares = [share.to(accelerator.device) for share in next(source)]
             with clock.measure("step"):
-                seen = train_step(state, shares, moment, rules, reduce)
+                if any(first <= moment.images_seen < last for first, last in term.skipped):
+                    state.images_seen += moment.phase.batch_size
+                    seen = {}
+                else:
+                    seen = train_step(state, shares, moment, rules, reduce)
             before, now = moment.images_seen, state.images_seen
+            clock.images_seen = now
             tick = run.tick_images or max(1, moment.phase.images // TICKS_PER_PHASE)
-            ticks = before // tick != now // tick or now in (moment.phase.end, end)
-            if ticks:  # on every rank: the figures are sums over all of them
+            if before // tick != now // tick or now in (moment.phase.end, end):  # on every rank: sums over all of them
                 with clock.measure("log"):
+                    seen["non_finite"] = non_finite_count(state)
                     summed = accelerator.reduce(torch.stack(list(seen.values())), reduction="sum")
                     figures = dict(zip(seen, summed.tolist(), strict=True))
-                    watch.look(now, state.skipped.tolist())
-            if not accelerator.is_main_process:
-                continue
-            if ticks:
-                yield {"event": "tick", "resolution": setting.resolution, "phase": moment.phase.kind,
-                       "alpha": moment.alpha, "learning_rate": moment.learning_rate, "images_seen": now,
-                       "images_per_s": clock.rate(now), "skipped": state.skipped.tolist(), **figures}
-            if now == end or before // run.checkpoints.every_images != now // run.checkpoints.every_images:
-                with clock.measure("save"):
-                    path = checkpoint.save(Path(out) / "checkpoints", state,
-                                           {**info, "phase": moment.phase.kind, "stage_end": now == end})
-                    retired = checkpoint.retire(path.parent, run.checkpoints.keep, now)
-                yield {"event": "checkpoint", "path": str(path), "images_seen": now, "stage_end": now == end,
-                       "resolution": setting.resolution, "phase": moment.phase.kind, "retired": retired,
-                       "seconds": clock.last}
+                    masked = state.masked.tolist()
+                    watch.look(now, masked, figures.pop("non_finite"))
+                if accelerator.is_main_process and figures:  # none inside a range that is skipped
+                    event = {"event": "tick", "resolution": setting.resolution, "phase": moment.phase.kind,
+                             "alpha": moment.alpha, "learning_rate": moment.learning_rate, "images_seen": now,
+                             "images_per_s": clock.rate(now), "masked": masked, **figures}
+                    yield event
+                    yield from ({"event": "alarm", **alarm} for alarm in alarms.look(event))
+            if saver:
+                if now == end or before // run.checkpoints.every_images != now // run.checkpoints.every_images:
+                    with clock.measure("save"):
+                        saver.save(state, {**info, "phase": moment.phase.kind, "stage_end": now == end})
+                        last_saved = now
+                yield from saver.events()
+        stopped = state.images_seen < end
+        if saver:
+            with clock.measure("save"):
+                if stopped and last_saved != state.images_seen:
+                    saver.save(state, {**info, "phase": moment.phase.kind, "stage_end": False})
+                saver.wait(hurry=stopped)
+            yield from saver.events()
     if accelerator.is_main_process:
-        yield {"event": "stage_end", "resolution": setting.resolution, "images_seen": end,
-               "peak_memory_mb": peak_memory_mb(accelerator.device), **clock.totals()}
+        yield {"event": "stopped" if stopped else "stage_end", "resolution": setting.resolution,
+               "images_seen": state.images_seen, "peak_memory_mb": peak_memory_mb(accelerator.device), **clock.totals()}
 
 
 def new_accelerator(cpu: bool, workers: int) -> Accelerator:
@@ -147,36 +182,29 @@ def initial_state(run: Run, stage: int, start: str | None, device: torch.device,
                        new_adam(discriminator, run), torch.zeros(2, device=device),
                        growth.schedule(run).stage_span(stage)[0])
     if initial:
-        files = checkpoint.read(initial)
+        files = commits.read(initial)
         checkpoint.refuse_other_channels(run, files)
         checkpoint.grow(state, files)
     if start:
-        files = checkpoint.read(start)
-        info = json.loads(files["state.json"])
+        files = commits.read(start)
+        info = commits.state_of(files["state.json"])
         if info["resolution"] == resolution:
             checkpoint.restore(state, files)
         else:
             checkpoint.grow(state, files)
-            state.skipped.copy_(torch.tensor(info["skipped"]))
+            state.masked.copy_(torch.tensor(info["masked"]))
     return state
 
 
-class Watch:
-    """Stops a stage that stands still: 20 steps in a row whose updates of D, or of G, were all masked."""
+def non_finite_count(state: TrainState) -> Tensor:
+    """How many weights, moments and averages hold a NaN or infinity, left on the device."""
+    tensors = [tensor for part in checkpoint.parts_of(state).values() for tensor in part.values()]
+    return (~torch.stack([torch.isfinite(tensor).all() for tensor in tensors])).sum().to(torch.float32)
 
-    def __init__(self, batch_size: int, images_seen: int, skipped: list[float]) -> None:
-        self.batch_size, self.since, self.before = batch_size, images_seen, skipped
 
-    def look(self, images_seen: int, skipped: list[float]) -> None:
-        """Raises EnvironmentFault; called at ticks, on every worker, with the counts all of them have."""
-        steps = (images_seen - self.since) // self.batch_size
-        masked = max(now - then for now, then in zip(skipped, self.before, strict=True))
-        if masked < steps:
-            self.since, self.before = images_seen, skipped
-        elif steps >= MASKED_IN_A_ROW:
-            raise EnvironmentFault(f"the last {steps} updates were all masked, their gradients are not finite: nothing "
-                                   "is learned any more. Branch off an earlier stage with a lower learning rate: "
-                                   "resume=RESOLUTION branch=new stages.<n>.learning_rate=...")
+class _Nothing:
+    def close(self) -> None:
+        """What ranks above 0 have in the place of a Saver."""
 
 
 class Stopwatch:
@@ -186,7 +214,7 @@ class Stopwatch:
         self.started = self.looked = time.perf_counter()
         self.seconds: dict[str, float] = {"step": 0.0, "data": 0.0, "log": 0.0, "save": 0.0}
         self.images: int | None = None
-        self.last = 0.0
+        self.images_seen = 0
 
     def measure(self, name: str) -> _Measured:
         return _Measured(self, name)
@@ -211,5 +239,4 @@ class _Measured:
         self.began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.clock.last = time.perf_counter() - self.began
-        self.clock.seconds[self.name] += self.clock.last
+        self.clock.seconds[self.name] += time.perf_counter() - self.began

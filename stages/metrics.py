@@ -1,10 +1,10 @@
-"""Distances between generated and real images that need no pretrained network.
+"""Distances between generated and real images that need no pretrained network, and how many reals fakes come near.
 
 Images are square uint8 tensors [N, C, H, H], 0..255, in any memory layout, scored at their own resolution. `reals`
 come from the data, `fakes` from the averaged generator. States are lists to concatenate or sums: a metric fed on
 several workers and merged (`merge_state`, or torchmetrics' own gathering) equals one fed everything, in any order and
 in batches of any size. `compute()` gives Python floats; for all three, lower is better. Misuse raises ValueError.
-The first two follow Karras et al. 2018, section 5.
+The first two follow Karras et al. 2018, section 5. `coverage` takes features of any kind; there, higher is better.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torchmetrics import Metric
 
+COVERAGE_BLOCK = 2048  # features of each side at a time
 LEVEL_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM, finest level first (Wang et al. 2003)
 
 
@@ -221,7 +222,7 @@ class PixelFrechet(Metric):
             got = f"{tuple(images.shape)} after {seen or 'no'} px"
             raise ValueError(f"PixelFrechet: images are {got}, must have {rule}. Use PixelFrechet(size, channels).")
         self.side.fill_(side)
-        pixels = F.avg_pool2d(numbers(images, torch.float64) / 127.5 - 1, max(1, side // self.size)).flatten(1)
+        pixels = pixel_features(images, self.size)
         # Column 0 of ones makes row 0 of the sum count and sum. Zeros up to the full width add nothing to the distance.
         rows = F.pad(F.pad(pixels, (1, 0), value=1.0), (0, len(self.reals) - 1 - pixels.shape[1]))
         target = self.reals if real else self.fakes
@@ -233,6 +234,16 @@ class PixelFrechet(Metric):
         if min(real_count, fake_count) < 2:
             raise ValueError(f"PixelFrechet: {real_count} reals, {fake_count} fakes, must be 2 each. Update with more.")
         return frechet_distance(*reals, *fakes)
+
+    def spread(self) -> float | None:
+        """tr(cov fakes) / tr(cov reals) of what this process has seen: 1 for fakes as diverse as the reals, 0 for one
+        and the same image again and again. None where reals do not differ, or there are not two of each.
+        """
+        (real_count, _, reals), (fake_count, _, fakes) = _gaussian(self.reals), _gaussian(self.fakes)
+        total = float(reals.trace())
+        if min(real_count, fake_count) < 2 or total < 1e-12:  # equal images leave rounding, of either sign
+            return None
+        return max(0.0, float(fakes.trace()) / total)
 
 
 def _gaussian(moments: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -249,6 +260,48 @@ def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
     # C_a C_b has the eigenvalues of the symmetric root' C_b root (but for zeros): no matrix square root is needed.
     shared = torch.linalg.eigvalsh(root.T @ covariance_b @ root).clamp(min=0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * shared)
+
+
+def pixel_features(images: Tensor, size: int = 16) -> Tensor:
+    """[N, C, H, H] uint8 -> [N, C * min(H, size)^2] float64 in [-1, 1]: means over blocks where H is above `size`."""
+    return F.avg_pool2d(numbers(images, torch.float64) / 127.5 - 1, max(1, images.shape[-1] // size)).flatten(1)
+
+
+def coverage(reals: Tensor, fakes: Tensor, k: int = 5) -> float:
+    """[N, D] and [M, D] features -> 0..1, the share of reals with a fake as near as their k-th nearest other real
+    (Naeem et al. 2020). As many new reals would cover about 1 - 2^-k. It grows as N falls: compare equal counts.
+
+    Float64, since distances come from products of features, which cancel: in float32 the near ones would be the least
+    exact. In blocks of fixed size: some 150 MB beside the features at any N and M, and D = 768.
+    """
+    if k < 1 or len(reals) <= k or not len(fakes) or reals.shape[1:] != fakes.shape[1:] or reals.ndim != 2:
+        rule = f"[N > k, D] and [M > 0, D] at k={k} of 1 or more"
+        got = f"{[*reals.shape]} reals, {[*fakes.shape]} fakes"
+        raise ValueError(f"coverage: {got}, must be {rule}. Use more images, or a smaller k.")
+    center = reals.mean(dim=0, dtype=torch.float64)  # small numbers lose less when they cancel
+    covered = 0
+    for first in range(0, len(reals), COVERAGE_BLOCK):
+        points = reals[first:first + COVERAGE_BLOCK].double() - center
+        radius = _nearest(points, reals, center, k, own=first)[:, -1]
+        rounding = 1e-12 * (points.square().sum(dim=1) + radius)  # a copy of a real lies on the edge: let it count
+        covered += int((_nearest(points, fakes, center, 1)[:, 0] <= radius + rounding).sum())
+    return covered / len(reals)
+
+
+def _nearest(points: Tensor, others: Tensor, center: Tensor, count: int, own: int | None = None) -> Tensor:
+    """[n, D] minus `center`, [m, D] -> [n, count]: squared distances to the nearest others, the nearest first.
+
+    With `own`, points[i] is others[own + i], and no neighbor of itself; its copies are.
+    """
+    nearest = points.new_full((len(points), count), torch.inf)
+    lengths = points.square().sum(dim=1, keepdim=True)
+    for first in range(0, len(others), COVERAGE_BLOCK):
+        block = others[first:first + COVERAGE_BLOCK].double() - center
+        squares = torch.addmm(block.square().sum(dim=1) + lengths, points, block.T, alpha=-2).clamp_(min=0)
+        if own == first:
+            squares.fill_diagonal_(torch.inf)
+        nearest = torch.cat([nearest, squares], dim=1).topk(count, largest=False).values
+    return nearest
 
 
 def numbers(images: Tensor, dtype: torch.dtype) -> Tensor:

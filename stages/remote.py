@@ -82,6 +82,9 @@ def _check(came: int, announced: int) -> None:
         raise OSError(f"{came} of {announced} bytes came")
 
 
+CLIENTS: dict[tuple[Any, ...], Any] = {}  # by scheme, process (none outlives a fork) and what the environment says
+
+
 class Objects:
     """s3:// through s3fs, gs:// through gcsfs. Requests repeat at most twice in there: the deadline is Store's."""
 
@@ -94,9 +97,12 @@ class Objects:
         options = {"max_concurrency": 1, "config_kwargs": {  # other servers than Amazon's do not know its checksums
             "connect_timeout": 10, "read_timeout": SILENCE_S, "retries": {"mode": "standard", "total_max_attempts": 3},
             **unchecked}} if self.s3 else {}
-        self.fs = fsspec.filesystem("s3" if self.s3 else "gs", skip_instance_cache=True, use_listings_cache=False,
-                                    **options)
-        self.fs.retries = 1
+        kind = "s3" if self.s3 else "gs"
+        key = kind, os.getpid(), tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+        if key not in CLIENTS:  # a client costs 0.2 s of CPU, and each checkpoint is a location
+            CLIENTS[key] = fsspec.filesystem(kind, skip_instance_cache=True, use_listings_cache=False, **options)
+            CLIENTS[key].retries = 1
+        self.fs = CLIENTS[key]
 
     async def list(self) -> list[tuple[str, int]]:
         found = await self.fs._find(self.prefix, detail=True)
@@ -109,6 +115,10 @@ class Objects:
         if about["type"] != "file":
             raise FileNotFoundError(name)
         return about["size"], True
+
+    async def modified(self, name: str) -> float:
+        about = await self.fs._info(f"{self.prefix}/{name}")
+        return (about["LastModified"] if self.s3 else about["mtime"]).timestamp()
 
     async def read(self, name: str) -> bytes:
         return await self.fs._cat_file(f"{self.prefix}/{name}")
@@ -128,6 +138,9 @@ class Objects:
             return await self.fs._getxattr(f"{self.prefix}/{name}", "writer")
         except KeyError:
             return None
+
+    async def remove(self, name: str) -> None:
+        await self.fs._rm_file(f"{self.prefix}/{name}")
 
     async def put(self, local: Path, name: str) -> None:
         part = max(BLOCK, local.stat().st_size // 9_000 + 1)  # S3 takes 10,000 parts

@@ -48,7 +48,7 @@ class TrainState:
     average: Generator
     generator_adam: torch.optim.Adam
     discriminator_adam: torch.optim.Adam
-    skipped: Tensor  # [2] updates masked because a gradient was not finite: of D, of G
+    masked: Tensor  # [2] updates masked because a gradient was not finite: of D, of G
     images_seen: int = 0
 
 
@@ -135,7 +135,7 @@ def train_step(state: TrainState, shares: list[Share], moment: Moment, rules: Ru
     accumulate(state.generator, lambda share: generator_objective(state, share, alpha))
     finite_g = masked_update(state.generator_adam, moment.learning_rate)
     update_average(state.average, state.generator, (1 - rules.average_decay) * finite_g)
-    state.skipped += 1 - torch.stack([finite_d, finite_g])
+    state.masked += 1 - torch.stack([finite_d, finite_g])
     state.images_seen += batch
     return seen
 

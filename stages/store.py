@@ -117,6 +117,13 @@ class Store:
         except FileNotFoundError:
             return None
 
+    def modified(self, name: str) -> float:
+        """When a file was written, in seconds, by the disk's or server's clock. FileNotFoundError if there is none."""
+        if not self.remote:
+            return self._path(name).stat().st_mtime
+        self._refuse_web("dated")
+        return self._try("looked up", name, lambda objects: objects.modified(name), 0)
+
     def read(self, name: str) -> bytes:
         if not self.remote:
             return self._path(name).read_bytes()
@@ -181,6 +188,16 @@ class Store:
                 raise
         self._copy(local, path)
         return local.unlink()
+
+    def remove(self, name: str) -> None:
+        """No such file any more, whether there was one or not."""
+        if not self.remote:
+            return self._path(name).unlink(missing_ok=True)
+        self._refuse_web("removed")
+        try:
+            return self._try("removed", name, lambda objects: objects.remove(name), 0)
+        except FileNotFoundError:
+            return None
 
     def fetch(self, name: str, local: Path) -> None:
         """`name` as a local file, whole or not at all."""

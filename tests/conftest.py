@@ -20,11 +20,23 @@ from PIL import Image
 
 from gradine.configs.schema import Data, Run, assign, from_dict
 from gradine.pipeline.cluster import worker_environment
+from tests import unpickling
+
+unpickling.watch()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_unpickled_by_gradine() -> Iterator[None]:
+    """The hook raises where it happens; this fails the test even where that was caught."""
+    yield
+    found = [*unpickling.offences]
+    unpickling.offences.clear()
+    assert not found, found
 
 
 @pytest.fixture(scope="session")

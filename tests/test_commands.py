@@ -42,7 +42,7 @@ def test_help_takes_less_than_a_second_of_one_core() -> None:
     assert cpu_seconds_of_children() - before < 1
     assert result.returncode == 0
     assert "kimg" in result.stdout
-    for command in ("run", "shard", "inspect", "train", "evaluate", "sample", "report", "plan", "export"):
+    for command in ("run", "shard", "inspect", "train", "evaluate", "sample", "report", "plan", "preflight", "export"):
         assert f" {command} " in result.stdout
 
 

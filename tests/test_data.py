@@ -671,15 +671,32 @@ def tiny_disk(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.fault
-def test_a_full_disk_under_the_cache_is_one_clear_line_and_no_crash(tmp_path: Path) -> None:
-    level = Level(tmp_path, counts=(300,), size=16)  # 230,400 bytes decoded
-    with tiny_disk(tmp_path / "cache"):
-        with pytest.raises(EnvironmentFault) as caught:
-            level.open(cached=True)
-        assert "needs 230,400 bytes" in str(caught.value)
-        assert "data.cache_gb=0" in str(caught.value)
-        assert not list((tmp_path / "cache").glob("*.tmp"))
-    np.testing.assert_array_equal(level.open(cached=True).pixels(level.ids), level.all)
+def test_f05_a_full_disk_under_the_cache_is_told_in_a_line_and_the_same_pixels_stream_instead(tmp_path: Path) -> None:
+    """Cache folder on a tmpfs that is smaller than the level; then on one that is full to the last byte and inode."""
+    level, cache = Level(tmp_path, counts=(300,), size=16), tmp_path / "cache"  # 230,400 bytes decoded
+
+    def notes() -> list[str]:
+        with closing(level.open(cached=True)) as images:
+            np.testing.assert_array_equal(images.pixels(level.ids), level.all)
+            return images.notes
+
+    def resize(options: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", cache], check=True)
+
+    with tiny_disk(cache):
+        (note,) = notes()
+        for part in ("needs 230,400 bytes", " are free", "data.cache_gb=0", "16px are decoded as they come"):
+            assert part in note
+        assert "\n" not in note
+        (left,) = cache.iterdir()
+        assert left.suffix == ".lock"
+        left.rename(cache / "other")
+        resize("nr_inodes=2")  # the folder and this file: not even a lock can be made
+        assert "cannot be written: No space left" in notes()[0]
+        resize("size=1m,nr_inodes=100")
+        assert notes() == []
+        assert list(cache.glob("*.u8"))
+        assert notes() == []
 
 
 # ---- Damage

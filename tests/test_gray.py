@@ -14,7 +14,7 @@ from PIL import Image
 
 from gradine.configs.schema import Run, from_dict
 from gradine.pipeline.shards import shard
-from gradine.stages import checkpoint, evaluate, loop
+from gradine.stages import commits, evaluate, loop
 from gradine.stages.generate import export, generate, grid, load_average, picture
 
 Trained = tuple[Run, Path, list[dict[str, Any]]]
@@ -49,7 +49,7 @@ def trained(pixels: np.ndarray, ray_cluster: Any, tmp_path_factory: pytest.TempP
 
 def test_every_weight_at_the_image_has_one_channel(trained: Trained) -> None:
     _, path, _ = trained
-    files = checkpoint.read(path)
+    files = commits.read(path)
     generator, discriminator = (safetensors.torch.load(files[f"{part}.safetensors"])
                                 for part in ("average", "discriminator"))
     assert {name: tuple(t.shape) for name, t in generator.items() if "rgb" in name} == {
@@ -88,7 +88,7 @@ def test_sample_and_real_grids_are_gray_pictures_of_the_very_pixels(trained: Tra
 def test_the_exported_program_and_its_description_give_one_channel(trained: Trained,
                                                                    tmp_path: Path) -> None:
     run, path, _ = trained
-    files = checkpoint.read(path)
+    files = commits.read(path)
     weights, program, description = export(run, files, tmp_path)
     latents = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     images = torch.export.load(program).module()(latents)
@@ -128,5 +128,5 @@ def test_memory_for_an_evaluation_holds_three_times_as_many_gray_images() -> Non
 
 def test_generated_gray_images_are_bytes_of_one_channel(trained: Trained) -> None:
     run, path, _ = trained
-    (images,) = generate(load_average(run, checkpoint.read(path)), torch.zeros(3, 8))
+    (images,) = generate(load_average(run, commits.read(path)), torch.zeros(3, 8))
     assert (images.shape, images.dtype) == ((3, 1, 64, 64), torch.uint8)

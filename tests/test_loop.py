@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,23 +11,16 @@ import pytest
 import torch
 
 from gradine.configs.schema import EnvironmentFault, Run
-from gradine.stages import loop
+from gradine.stages import loop, stopping
+from gradine.stages.watch import NonFinite
 
 
-def test_twenty_masked_updates_in_a_row_stop_the_stage_and_one_that_counts_starts_over() -> None:
-    watch = loop.Watch(batch_size=8, images_seen=0, skipped=[0, 0])
-    watch.look(19 * 8, [19, 0])  # 19 of D's in a row
-    watch.look(21 * 8, [20, 0])  # one of the last two went through
-    watch.look(40 * 8, [20, 19])
-    with pytest.raises(EnvironmentFault, match="last 20 updates were all masked"):
-        watch.look(41 * 8, [20, 20])
-
-
-def test_a_stage_whose_gradients_are_never_finite_ends_with_the_way_out(tiny_run: Callable[..., Run],
-                                                                        tmp_path: Path) -> None:
+def test_a_stage_whose_gradients_are_never_finite_ends_saying_so_and_saves_nothing(tiny_run: Callable[..., Run],
+                                                                                   tmp_path: Path) -> None:
     run = tiny_run({"training.penalty_target": 1e-30, "tick_images": 8, "stages.0.hold_images": 800})
-    with pytest.raises(EnvironmentFault, match=r"resume=RESOLUTION branch=new"):
+    with pytest.raises(NonFinite, match="masked") as caught:
         list(loop.run_stage(run, 0, None, tmp_path))
+    assert caught.value.images_seen == 160  # 20 updates of 8
 
 
 def test_a_stage_that_asks_for_a_gpu_where_there_is_none_is_refused(tiny_run: Callable[..., Run],
@@ -39,3 +34,31 @@ def test_a_stage_that_asks_for_a_gpu_where_there_is_none_is_refused(tiny_run: Ca
 def test_more_workers_than_accelerate_sees_are_refused(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match="Accelerate sees 1 processes, the stage has 2 workers"):
         list(loop.run_stage(tiny_run({"stages.*.workers": 2}), 0, None, tmp_path))
+
+
+def test_a_stage_asked_to_stop_ends_with_a_checkpoint_and_gives_sigterm_back(tiny_run: Callable[..., Run],
+                                                                            monkeypatch: pytest.MonkeyPatch,
+                                                                            tmp_path: Path) -> None:
+    monkeypatch.setattr(stopping, "_asked", threading.Event())
+    before = signal.getsignal(signal.SIGTERM)
+    kinds = []
+    for event in loop.run_stage(tiny_run({"tick_images": 8}), 0, None, tmp_path):
+        kinds.append((event["event"], event["images_seen"]))
+        if kinds == [("tick", 8)]:
+            signal.raise_signal(signal.SIGTERM)
+    assert kinds == [("tick", 8), ("checkpoint", 8), ("stopped", 8)]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stage_outside_the_main_thread_leaves_sigterm_as_it_is(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+    before, during = signal.getsignal(signal.SIGTERM), []
+
+    def train() -> None:
+        for event in loop.run_stage(tiny_run(), 0, None, tmp_path):
+            during.append((event["event"], signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert during[-1] == ("stage_end", before)
+    assert {handler for _, handler in during} == {before}

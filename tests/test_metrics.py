@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from gradine.stages import metrics
 from gradine.stages.metrics import (
     MultiScaleSSIM,
     PixelFrechet,
     SlicedWasserstein,
+    coverage,
     laplacian_level,
     multiscale_similarity,
     numbers,
+    pixel_features,
     sliced_wasserstein_count,
 )
 
@@ -328,9 +331,133 @@ def test_frechet_of_a_set_to_itself_is_zero():
     assert frechet(images, images.flip(0)) == pytest.approx(0, abs=1e-6)
 
 
+def spread(reals: Tensor, fakes: Tensor, **options) -> float | None:
+    metric = PixelFrechet(**options)
+    metric.update(reals, real=True)
+    for batch in fakes.split(7):
+        metric.update(batch, real=False)
+    return metric.spread()
+
+
+def test_spread_is_the_variance_of_the_fakes_over_that_of_the_reals():
+    """By hand, one gray pixel: 0 and 255 are -1 and 1, variance 2; 51 and 204 are -0.6 and 0.6, variance 0.72."""
+    reals, fakes = (torch.tensor(values, dtype=torch.uint8).view(2, 1, 1, 1) for values in ([0, 255], [51, 204]))
+    assert spread(reals, fakes, size=1, channels=1) == pytest.approx(0.36, rel=1e-12)
+    reals, fakes = pictures(0, 50, 16), pictures(1, 40, 16) // 2
+    traces = [np.trace(np.cov(signed(images).T)) for images in (reals, fakes)]
+    assert spread(reals, fakes) == pytest.approx(traces[1] / traces[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4, 128])
+def test_spread_of_images_that_repeat_falls_with_their_number(kept: int):
+    """128 fakes of which only `kept` differ: (kept - 1) / kept of the variance, so one image shows best."""
+    reals, fakes = pictures(0, 2048, 4), pictures(1, 2048, 4).view(2048 // kept, kept, 3, 4, 4)
+    seen = [spread(reals, few.repeat(128 // kept, 1, 1, 1), size=4) for few in fakes[:64]]
+    assert sum(seen) / len(seen) == pytest.approx((kept - 1) / kept * 128 / 127, abs=0.03)
+
+
+@pytest.mark.parametrize(("reals", "fakes"), [(1, 5), (5, 1), (0, 0)])
+def test_spread_of_fewer_than_two_images_is_unknown(reals: int, fakes: int):
+    metric = PixelFrechet()
+    metric.update(pictures(0, reals, 16), real=True)
+    metric.update(pictures(1, fakes, 16), real=False)
+    assert metric.spread() is None
+
+
+def test_spread_beside_reals_that_are_all_alike_is_unknown():
+    assert spread(pictures(0, 1, 16).repeat(9, 1, 1, 1), pictures(1, 9, 16)) is None
+
+
 def test_frechet_is_symmetric():
     a, b = pictures(0, 30, 8), pictures(1, 40, 8) // 2
     assert frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-6)
+
+
+# ---- Coverage
+
+
+def line(*points: float) -> Tensor:
+    """Features of one number each."""
+    return torch.tensor(points, dtype=torch.float64).view(-1, 1)
+
+
+def normals(seed: int, count: int, size: int = 6) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(count, size)))
+
+
+def plain_coverage(reals: Tensor, fakes: Tensor, k: int) -> float:
+    """Naeem et al. 2020, point by point."""
+    def distance(a, b) -> float:
+        return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) ** 0.5
+
+    points, others = reals.double().tolist(), fakes.double().tolist()
+    covered = 0
+    for i, real in enumerate(points):
+        radius = sorted(distance(real, point) for j, point in enumerate(points) if j != i)[k - 1]
+        covered += any(distance(real, fake) <= radius for fake in others)
+    return covered / len(points)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("block", [7, 16, 2048])
+def test_coverage_equals_the_publication_written_out_in_blocks_of_any_size(k, block, monkeypatch):
+    monkeypatch.setattr(metrics, "COVERAGE_BLOCK", block)
+    reals = normals(0, 48)
+    for fakes in (normals(1, 33), normals(2, 48) + 1, normals(3, 5)):
+        expected = plain_coverage(reals, fakes, k)
+        assert 0 < expected < 1
+        assert coverage(reals, fakes, k) == expected
+
+
+@pytest.mark.parametrize(("fakes", "k", "expected"), [
+    ([1.5], 1, 2 / 4),  # in the balls of 1 and 2
+    ([2], 1, 3 / 4),  # on the edge of those of 1 and 10, too
+    ([2], 2, 4 / 4),
+    ([1.5, 1.5, 1.6], 1, 2 / 4),  # the second and third one add nothing
+    ([-1.01, 20], 1, 0),
+])
+def test_coverage_of_points_on_a_line_is_known_by_hand(fakes, k, expected):
+    """0, 1, 2 and 10: to the nearest other one 1, 1, 1 and 8, to the second nearest 2, 1, 2 and 9."""
+    assert coverage(line(0, 1, 2, 10), line(*fakes), k) == expected
+
+
+def test_copies_of_the_reals_cover_all_of_them_however_rounding_falls():
+    """k-th neighbors among the fakes lie on the edge of every ball; here far from 0, of unlike length, and repeated."""
+    reals = torch.cat([normals(0, 60, 100) * 10.0**normals(1, 60, 1), normals(2, 2, 100).repeat(9, 1)]) + 1e4
+    for first in range(len(reals)):
+        ball = (reals - reals[first]).norm(dim=1).argsort()[:6]  # itself and 5 others
+        assert coverage(reals, reals[ball[-1:]]) >= 1 / len(reals)
+        assert plain_coverage(reals[ball], reals[ball[-1:]], 5) == coverage(reals[ball], reals[ball[-1:]])
+    assert coverage(reals, reals.flip(0)) == 1
+
+
+def test_float32_features_far_from_zero_are_covered_as_near_it():
+    """At 1,000 the squares of 64 float32 numbers are exact to 4, distances of 0.001 long lost."""
+    reals, fakes = (1000 + 0.01 * normals(seed, 40, 64).float() for seed in (0, 1))
+    assert coverage(reals, fakes, 3) == plain_coverage(reals, fakes, 3) == coverage(reals - 1000, fakes - 1000, 3)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_a_new_draw_covers_all_but_one_real_in_two_to_the_k(k):
+    """Of a real's neighbors of either kind, the first k are all reals with probability 2^-k."""
+    seen = [coverage(normals(seed, 400, 2), normals(seed + 100, 400, 2), k) for seed in range(10)]
+    assert sum(seen) / len(seen) == pytest.approx(1 - 2**-k, abs=0.03)
+
+
+def test_coverage_of_images_that_repeat_falls_with_their_number():
+    """Where spread is near 1 already: of 271 reals, 12 images come near less than 0.3 times as many as 271 images."""
+    reals, fakes = (pixel_features(pictures(seed, 271, 16)) for seed in (0, 1))
+    seen = [coverage(reals, fakes[:kept].repeat(271 // kept, 1)) for kept in (1, 2, 4, 12, 64, 271)]
+    assert seen == sorted(seen)
+    assert seen[-1] > 0.9
+    assert seen[3] < 0.3 * seen[-1] < seen[4]
+
+
+@pytest.mark.parametrize(("side", "channels"), [(4, 3), (16, 1), (64, 3)])
+def test_pixel_features_are_means_over_blocks_between_minus_one_and_one(side, channels):
+    images, size = pictures(0, 5, side, channels), min(side, 16)
+    blocks = images.numpy().reshape(5, channels, size, side // size, size, side // size).mean(axis=(3, 5))
+    np.testing.assert_allclose(pixel_features(images), blocks.reshape(5, -1) / 127.5 - 1, atol=1e-12)
 
 
 # ---- All of them
@@ -484,3 +611,10 @@ def test_resolutions_without_a_definition_are_refused():
             frechet(reals, fakes)
     with pytest.raises(ValueError, match="multiple of 16 px or smaller"):
         frechet(pictures(0, 2, 24), pictures(0, 2, 24))
+
+
+@pytest.mark.parametrize(("reals", "fakes", "k"), [((5, 2), (9, 2), 5), ((9, 2), (0, 2), 5), ((9, 2), (9, 3), 5),
+                                                   ((9, 2), (9, 2), 0), ((9,), (9,), 5)])
+def test_coverage_without_enough_neighbors_or_of_other_features_is_refused(reals, fakes, k):
+    with pytest.raises(ValueError, match=r"must be \[N > k, D\] .* Use more images, or a smaller k"):
+        coverage(torch.zeros(reals), torch.zeros(fakes), k)

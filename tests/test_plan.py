@@ -23,7 +23,7 @@ from gradine.pipeline.plan import (
     seconds_left,
     table,
 )
-from gradine.stages.checkpoint import Checkpoint
+from gradine.stages.commits import Checkpoint
 
 
 def run_of(changes: dict[str, Any] | None = None, sizes: tuple[int, ...] = (4, 8, 16), **top: Any) -> Run:
@@ -131,7 +131,9 @@ def test_stages_of_other_lengths_round_up_to_whole_batches() -> None:
 
 SAFE = {"resume": "8", "branch": "new", "stages.1.threads": 4,
         "tick_images": 5, "runs": "elsewhere", "checkpoints.keep": 7,
-        "checkpoints.every_images": 40, "evaluation.count": 100, "evaluation.when": "end", "ray.address": "auto",
+        "checkpoints.every_images": 40, "checkpoints.best": "frechet_pixels16",
+        "checkpoints.pin": ["r0004-hold-000000040"], "checkpoints.background": False, "checkpoints.retry_s": 1.0,
+        "evaluation.count": 100, "evaluation.when": "end", "ray.address": "auto",
         "data.source": "moved", "data.shards": "moved", "data.cache_gb": 0.5, "data.cache_dir": "/tmp",
         "data.max_rejected_share": 0.5, "data.download_gb": 1.0, "data.deadline_s": 5.0,
         "stages.1.workers": 2, "stages.1.micro_batch": 4, "stages.1.cpus": 2.0, "stages.1.gpus": 1.0}
@@ -140,7 +142,7 @@ UNSAFE = {"training.seed": 1, "training.precision": "bfloat16", "training.channe
           "data.crop": "none", "data.labels": "none", "data.shard_images": 7, "data.channels": 1, "data.crop_seed": 1,
           "data.small": "pad", "data.background": "black", "data.encoding": "jpeg", "data.sampling": "balanced",
           "stages.0.batch_size": 16, "stages.2.hold_images": 160, "stages.1.learning_rate": 0.5,
-          "stages.1.fade_images": 0, "init_from": "x"}
+          "stages.1.fade_images": 0, "init_from": "x", "checkpoints.location": "s3://bucket/elsewhere"}
 
 
 @pytest.mark.parametrize("key", SAFE)
@@ -263,12 +265,12 @@ def test_hours_without_a_measurement_are_the_work_over_an_assumed_speed_of_the_u
 
 
 def test_a_gray_run_has_less_work_and_fewer_weights_by_two_of_three_values_of_each_pixel() -> None:
-    """The last layer is 8 wide here: 2 * 8 multiplications less a pixel, and 2 * 9 weights of 9 floats each."""
+    """The last layer is 8 wide here: 2 * 8 multiplications less a pixel, and 2 * 9 weights of 9 floats each, twice."""
     rgb, gray = run_of(), run_of({"data.channels": 1})
     for of_rgb, of_gray in zip(row_of(make_plan(rgb, []), {}, rgb), row_of(make_plan(gray, []), {}, gray), strict=True):
         size = of_rgb["resolution"]
         assert of_gray["hours"] / of_rgb["hours"] == pytest.approx((MACS[size] - 16 * size**2) / MACS[size])
-        assert of_rgb["memory_gb"] - of_gray["memory_gb"] == pytest.approx(18 * 9 * 4 / 1e9)
+        assert of_rgb["memory_gb"] - of_gray["memory_gb"] == pytest.approx(2 * 18 * 9 * 4 / 1e9)
     assert seconds_left(gray, 240, {8: 4.0}) == pytest.approx(160 / 4 * (MACS[16] - 4096) / (MACS[8] - 1024))
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from gradine.configs.schema import RECIPES, load
 from gradine.pipeline import driver
-from gradine.stages import checkpoint
+from gradine.stages import commits
 
 
 def mosaics(folder: Path, count: int) -> None:
@@ -42,7 +42,7 @@ def test_the_published_recipe_runs_through_all_nine_stages(tmp_path: Path, ray_c
         "stages.*.batch_size=4", "stages.*.fade_images=8", "stages.*.hold_images=8", "stages.*.threads=1",
         "evaluation.count=16", "evaluation.samples=4"])
     folder = driver.train(run, shard_if_needed=True)
-    ends = [c for c in checkpoint.find(folder.checkpoints)[0] if c.stage_end]
+    ends = [c for c in commits.find(folder.checkpoints)[0] if c.stage_end]
     assert [c.resolution for c in ends] == [4, 8, 16, 32, 64, 128, 256, 512, 1024]
     assert ends[-1].images_seen == 8 + 8 * 16
     rows = {(row["resolution"], row["metric"]): row for row in folder.lines("metrics.jsonl")}

@@ -313,9 +313,60 @@ def test_events_tell_what_went_wrong_in_the_order_it_did(tmp_path):
                  {"time": 9002.0, "event": "branch", "resolution": 8, "images_seen": 100, "superseded": "old"}):
         run.append("ledger.jsonl", line)
     rows = report(run).tables["events"][1:]
-    assert [row[1] for row in rows] == ["skipped updates", "retry", "branch", "evaluation failed", "skipped updates"]
+    assert [row[1] for row in rows] == ["masked updates", "retry", "branch", "evaluation failed", "masked updates"]
     assert "4 px: 1 of the discriminator, 0 of the generator" in rows[0][2]
     assert "8 px: 0 of the discriminator, 2 of the generator" in rows[4][2]
+
+
+def test_masked_updates_are_counted_under_their_new_name_too(tmp_path):
+    run = new_run(tmp_path)
+    train(run, [4])
+    newer = {**tick(8, 120, masked=[3.0, 2.0]), "time": 9004.0}
+    del newer["skipped"]
+    run.append("ledger.jsonl", newer)
+    assert "8 px: 3 of the discriminator, 2 of the generator" in report(run).tables["events"][1][2]
+
+
+def test_stops_roll_backs_failed_saves_and_halved_micro_batches_are_told(tmp_path):
+    run = new_run(tmp_path)
+    train(run, [4])
+    for time, line in enumerate((
+            {"event": "stopped", "resolution": 4, "images_seen": 50},  # the stage's own: the run's follows
+            {"event": "stopped", "reason": "SIGTERM"},
+            {"event": "roll_back", "first": 40, "last": 1080, "reason": "a weight is infinite"},
+            {"event": "micro_batch", "resolution": 8, "was": 16, "now": 8, "reason": "no memory"},
+            {"event": "save_failed", "images_seen": 5000, "failures": 2, "reason": "No space left on device"})):
+        run.append("ledger.jsonl", {"time": 9000.0 + time, **line})
+    rows = [(kind, text) for _, kind, text in report(run).tables["events"][1:]]
+    assert rows == [("stopped", "SIGTERM"),
+                    ("rolled back", "from 1,080 to 40 images, which update nothing since: a weight is infinite"),
+                    ("out of memory", "8 px: micro_batch 16 -> 8: no memory"),
+                    ("save failed", "checkpoint at 5,000 images, 2 in a row: No space left on device")]
+
+
+def alarm(images_seen: int):
+    return {"time": 2000.0 + images_seen, "event": "alarm", "alarm": "divergence", "figure": "penalty / weight",
+            "value": 27.84, "bound": 1.25, "rule": "median +- 8 x MAD", "images_seen": images_seen, "resolution": 8,
+            "message": f"8px after {images_seen} images: <training> diverges"}
+
+
+def test_alarms_are_shown_before_the_pictures_with_figure_bound_and_rule(finished):
+    assert "Alarms" not in report(finished).text
+    finished.append("ledger.jsonl", alarm(120))
+    page = report(finished)
+    (row,) = page.tables["alarms"][1:]
+    assert row[1] == "divergence"
+    assert "8px after 120 images: <training> diverges" in row[2]
+    assert "penalty / weight 27.84, bound 1.25. Rule: median +- 8 x MAD." in row[2]
+    assert page.source.index('id="alarms"') < page.source.index("<img")
+
+
+def test_of_many_alarms_the_last_twenty_are_shown(finished):
+    for number in range(120, 151):
+        finished.append("ledger.jsonl", alarm(number))
+    page = report(finished)
+    assert [row[2].split()[2] for row in page.tables["alarms"][1:]] == [str(number) for number in range(131, 151)]
+    assert "the last 20 of 31" in page.text
 
 
 def test_rejected_files_are_counted_and_the_first_twenty_named(tmp_path):

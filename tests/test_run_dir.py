@@ -1,17 +1,26 @@
-"""Claims about the run folder: one holder, a ledger that outlives a kill."""
+"""Claims about the run folder: one holder, a ledger and curves that outlive a kill and a full disk."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from gradine.configs.schema import UserError
+from gradine.configs.schema import EnvironmentFault, UserError
+from gradine.pipeline import run_dir
+from gradine.pipeline.display import Board
 from gradine.pipeline.run_dir import RunDir
 
 # ---- The lock
@@ -128,3 +137,246 @@ def test_history_after_a_branch_holds_one_lineage(tmp_path: Path) -> None:
         folder.record(event, images_seen=seen)
     assert [(line["event"], line["images_seen"]) for line in folder.history()] == [
         ("resume", 0), ("tick", 80), ("branch", 80), ("resume", 80), ("tick", 100)]
+
+
+# ---- A full or failing disk
+
+
+class SmallDisk:
+    """A real tmpfs of 256 KB."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.filler = path, path / "filler"
+
+    def fill(self) -> None:
+        """To the last byte."""
+        for size in (4096, 1):
+            with self.filler.open("ab", buffering=0) as filler, suppress(OSError):
+                while filler.write(b"x" * size):
+                    pass
+
+    def free(self) -> None:
+        self.filler.unlink()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder],
+                                      capture_output=True).returncode:
+        pytest.skip("needs root and the right to mount a tmpfs")
+    try:
+        yield SmallDisk(folder)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def on(path: Path) -> tuple[RunDir, list[str]]:
+    """A run folder, and what it tells."""
+    folder, told = RunDir(path), []
+    folder.tell = told.append
+    return folder, told
+
+
+def seen(folder: RunDir, file: str = "ledger.jsonl") -> list[int]:
+    return [line["images_seen"] for line in folder.lines(file)]
+
+
+def on_disk(folder: RunDir, file: str = "ledger.jsonl") -> list[int]:
+    """As a reader after a kill would find it; every line there must be whole."""
+    content = (folder.path / file).read_text()
+    assert content.endswith("\n") or not content
+    return seen(RunDir(folder.path), file)
+
+
+@pytest.mark.fault
+def test_f05_ledger_and_metrics_wait_for_a_full_disk_and_come_back_whole_and_in_order(disk: SmallDisk) -> None:
+    """A tmpfs filled to its last byte while a run writes its ledger and its metrics; then space returns."""
+    folder, told = on(disk.path)
+    folder.record("tick", images_seen=0)
+    disk.fill()
+    for number in range(1, 41):  # the first ones still fit behind the line that is there; one of them only by half
+        folder.record("tick", images_seen=number, reason="x" * 300)
+        folder.append("metrics.jsonl", {"images_seen": number, "value": 0.5})
+    reached = on_disk(folder)
+    assert reached == list(range(len(reached)))
+    assert 0 < len(reached) < 41
+    assert seen(folder) == list(range(41))  # who asks the run itself sees all of them
+    assert seen(folder, "metrics.jsonl") == list(range(1, 41))
+    for file, line in zip(("metrics.jsonl", "ledger.jsonl"), told, strict=True):
+        assert re.search(rf"{disk.path}/{file} cannot be written: No space left on device\. It needs \d+ bytes, 0 are "
+                         r"free\. Its lines wait in memory", line)
+    disk.free()
+    folder.record("tick", images_seen=41)
+    assert on_disk(folder) == list(range(42))
+    assert told[2:] == [f"{disk.path}/ledger.jsonl is written again, no line is lost"]
+    folder.close()
+    assert on_disk(folder, "metrics.jsonl") == list(range(1, 41))
+    assert told[3:] == [f"{disk.path}/metrics.jsonl is written again, no line is lost"]
+    disk.fill()
+    for _ in range(20):
+        folder.record("tick", images_seen=42, reason="x" * 300)
+    assert len(told) == 5  # another episode is told again
+    disk.free()
+
+
+@pytest.mark.fault
+def test_f05_a_run_that_ends_on_a_full_disk_says_what_its_ledger_lacks(disk: SmallDisk) -> None:
+    """A tmpfs that is still full when the run ends, by itself and by an error of its own."""
+    folder, told = on(disk.path)
+    with pytest.raises(EnvironmentFault) as caught, folder.locked():  # noqa: PT012
+        folder.record("tick", images_seen=0)
+        disk.fill()
+        for number in range(20):
+            folder.record("tick", images_seen=number, reason="x" * 300)
+        lacking = sum(len(line) for line in folder.journals["ledger.jsonl"].waiting)
+    for part in ("lines of", f"{disk.path}/ledger.jsonl are lost: No space left",
+                 f"needs {lacking:,} bytes, 0 are free", "make room"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    folder, told = on(disk.path)
+    with pytest.raises(ZeroDivisionError), folder.locked():  # noqa: PT012
+        for _ in range(20):
+            folder.record("tick", images_seen=1, reason="x" * 300)
+        raise ZeroDivisionError
+    assert "cannot be written" in told[0]
+    assert "are lost: No space left" in told[1]
+    disk.free()
+    with folder.locked():  # what waits is not forgotten while the process lives
+        folder.record("tick", images_seen=2)
+    assert len(on_disk(folder)) > 20
+
+
+def test_when_too_many_lines_wait_the_oldest_stay_and_it_is_told(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_dir, "MOST_WAITING", 3)
+    folder, told = on(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "write", failing(errno.EDQUOT))
+        for number in range(7):
+            folder.record("tick", images_seen=number)
+    assert len(told) == 2
+    assert "Disk quota exceeded" in told[0]
+    assert told[1] == f"{tmp_path}/ledger.jsonl: 3 lines wait for its disk, later ones are dropped"
+    folder.record("tick", images_seen=7)
+    assert told[2:] == [f"{tmp_path}/ledger.jsonl is written again; 5 lines were dropped"]
+    assert on_disk(folder) == [0, 1, 2]
+    folder.record("tick", images_seen=8)
+    assert on_disk(folder) == [0, 1, 2, 8]
+
+
+def failing(number: int, real: Any = os.write) -> Any:
+    """An os.write that puts half of it on the disk and fails."""
+    def write(file: int, content: bytes) -> int:
+        real(file, content[:len(content) // 2])
+        raise OSError(number, os.strerror(number))
+
+    return write
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("truncates", [True, False])
+def test_f05_a_disk_that_fails_now_and_then_costs_no_line_and_tears_none(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, truncates: bool) -> None:
+    """EIO, ESTALE or ENOSPC from half of all writes and closes, half lines left; also where these cannot be cut off."""
+    random, folder = np.random.default_rng(seed), on(tmp_path)[0]
+    write, close = os.write, os.close
+
+    def moody(real: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            if random.random() < 0.5:
+                return real(*arguments)
+            number = random.choice([errno.EIO, errno.ESTALE, errno.ENOSPC])
+            if real is close:
+                close(*arguments)
+                raise OSError(number, os.strerror(number))
+            return failing(number, write)(*arguments)
+
+        return call
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "write", moody(write))
+        if truncates:
+            broken.setattr(os, "close", moody(close))
+        else:
+            broken.setattr(os, "truncate", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "")))
+        for number in range(60):
+            folder.record("tick", images_seen=number)
+    folder.close()
+    assert on_disk(folder) == list(range(60))
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
+def test_a_disk_that_no_time_mends_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    folder, told = on(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "write", failing(error))
+        with pytest.raises(OSError, match=os.strerror(error)):
+            folder.record("tick", images_seen=1)
+    folder.record("tick", images_seen=2)
+    assert (on_disk(folder), told) == ([2], [])
+
+
+def test_a_folder_that_is_gone_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        RunDir(tmp_path / "gone").record("tick", images_seen=1)
+
+
+# ---- Curves
+
+
+def drawn(folder: Path) -> list[tuple[str, int, float]]:
+    """(tag, step, value) as TensorBoard's own reader finds them."""
+    from tensorboard.backend.event_processing.directory_loader import DirectoryLoader
+    from tensorboard.backend.event_processing.event_file_loader import TimestampedEventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = DirectoryLoader(str(folder), TimestampedEventFileLoader).Load()
+    points = [(value, event.step) for event in events for value in event.summary.value]
+    assert {value.metadata.plugin_data.plugin_name for value, _ in points} <= {"scalars"}
+    return [(value.tag, step, float(make_ndarray(value.tensor))) for value, step in points]
+
+
+def tick(images_seen: int) -> dict[str, Any]:
+    return {"event": "tick", "images_seen": images_seen, "loss_d": images_seen / 4, "phase": "fade", "masked": [0, 0]}
+
+
+def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
+    board = Board(tmp_path / "session-1")
+    board.tick({**tick(8), "alpha": 0.5})
+    board.metric({"metric": "swd", "value": 12.5, "images_seen": 8})
+    board.metric({"metric": "ms_ssim", "value": None, "images_seen": 8})
+    assert drawn(tmp_path / "session-1") == [
+        ("train/loss_d", 8, 2.0), ("train/alpha", 8, 0.5), ("metrics/swd", 8, 12.5)]
+    board.close()
+
+
+@pytest.mark.fault
+def test_f05_curves_miss_only_what_a_full_disk_did_not_take(disk: SmallDisk) -> None:
+    """A tmpfs filled to its last byte while curves are drawn, before the first and after some; then space returns."""
+    told: list[str] = []
+    board, threads = Board(disk.path / "curves", told.append), threading.active_count()
+    disk.fill()
+    for number in range(100):
+        board.tick(tick(number))
+    disk.free()
+    for number in range(100, 120):
+        board.tick(tick(number))
+    disk.fill()
+    for number in range(120, 300):
+        board.tick(tick(number))
+    disk.free()
+    board.tick(tick(300))
+    board.close()
+    steps = [step for _, step, _ in drawn(disk.path / "curves")]
+    assert steps == sorted(set(steps))
+    assert set(range(100, 120)) | {300} <= set(steps)
+    assert 250 not in steps
+    assert len(told) == 4
+    for line in told[::2]:
+        assert line.startswith(f"curves in {disk.path}/curves cannot be written: No space left on device. Training ")
+    dropped = [int(re.findall(r"lack (\d+) points", line)[0]) for line in told[1::2]]
+    assert sum(dropped) == 301 - len(steps)
+    assert threading.active_count() == threads

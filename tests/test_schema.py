@@ -172,7 +172,8 @@ def test_an_unknown_key_is_answered_with_did_you_mean(recipe: Path, override: st
 
 def test_an_unknown_key_that_resembles_nothing_still_lists_the_known_ones(recipe: Path) -> None:
     message = refusal(recipe, "checkpoints.zzz=1")
-    assert message == "checkpoints.zzz is not a setting. Known: every_images, keep."
+    assert message == ("checkpoints.zzz is not a setting. Known: every_images, keep, best, pin, location, "
+                       "background, retry_s.")
 
 
 @pytest.mark.parametrize(("override", "parts"), [

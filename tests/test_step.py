@@ -190,7 +190,7 @@ def test_three_steps_move_the_weights_as_the_slow_step_does(alpha: float, size: 
     assert_moved_alike(start["discriminator"], state.discriminator, slow.d)
     assert_moved_alike(start["average"], state.average, slow.average)
     assert state.images_seen == 1024
-    assert state.skipped.tolist() == [0, 0]
+    assert state.masked.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("weight", "target", "divisor", "drift"), [
@@ -521,17 +521,17 @@ def test_a_gradient_that_is_not_finite_masks_exactly_that_networks_update(part: 
     if part == "discriminator":
         assert same(everything(state, part), before)
         assert not same(everything(state, other), others_before)
-        assert state.skipped.tolist() == [1, 0]
+        assert state.masked.tolist() == [1, 0]
     else:
         assert same(everything(state, part), before)  # the average too
         assert not same(everything(state, other), others_before)
-        assert state.skipped.tolist() == [0, 1]
+        assert state.masked.tolist() == [0, 1]
     assert state.images_seen == 1016
     assert not non_finite_tensors([*state.generator.named_parameters(), *state.discriminator.named_parameters()])
     step(state, batch_of(8, 2))
     assert not same(everything(state, part), before)
     assert state.images_seen == 1024
-    assert state.skipped.sum() == 1
+    assert state.masked.sum() == 1
 
 
 def test_both_updates_can_be_masked_in_one_step_and_are_counted_apart() -> None:
@@ -543,7 +543,7 @@ def test_both_updates_can_be_masked_in_one_step_and_are_counted_apart() -> None:
     for number in range(3):
         step(state, batch_of(8, number))
     assert same([*everything(state, "generator"), *everything(state, "discriminator")], before)
-    assert state.skipped.tolist() == [3, 3]
+    assert state.masked.tolist() == [3, 3]
     assert state.images_seen == 1032
 
 
@@ -587,7 +587,7 @@ def test_large_but_finite_gradients_are_not_skipped() -> None:
     infect(state.discriminator, 1e38)
     before = values(state.discriminator)
     step(state, batch_of(8))
-    assert state.skipped.tolist() == [0, 0]
+    assert state.masked.tolist() == [0, 0]
     assert not same(values(state.discriminator), before)
 
 

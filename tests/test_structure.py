@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import fault_table
+
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {"configs": {"configs"}, "stages": {"configs", "stages"}, "pipeline": {"configs", "stages", "pipeline"}}
 
@@ -60,3 +62,16 @@ def test_the_demo_set_is_the_only_file_over_200_kb_in_the_repository() -> None:
     files = [ROOT / name for name in listed.stdout.splitlines()]
     big = [file.name for file in files if file.is_file() and file.stat().st_size > 200_000]
     assert big == ["demo_images.zip"]
+
+
+def test_the_page_of_faults_is_what_the_tests_give() -> None:
+    assert fault_table.PAGE.read_text() == fault_table.page(), "write it anew: python -m tests.fault_table"
+
+
+def test_every_fault_test_belongs_to_a_row_and_a_row_without_a_passing_one_is_told() -> None:
+    assert {row for row, _, _ in fault_table.tests()} <= set(fault_table.ROWS)
+    outcomes = {row: {"passed"} for row in fault_table.ROWS}
+    assert fault_table.rows_without_a_pass(outcomes) == []
+    for bad in ({"skipped"}, {"passed", "failed"}, set()):
+        (line,) = fault_table.rows_without_a_pass({**outcomes, "F07": bad})
+        assert line.startswith("F07 SIGKILL while old checkpoints are deleted")

@@ -1,0 +1,471 @@
+"""What the watch on training sees and what it leaves in peace: real steps of tiny networks, with a fault or none."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradine.configs.schema import Run, from_dict
+from gradine.pipeline import evaluations
+from gradine.stages import evaluate, growth, step
+from gradine.stages.networks import Discriminator, Generator, initialise
+from gradine.stages.watch import Alarms, NonFinite, Watch
+
+Tick = dict[str, Any]
+BATCH = 8
+STAGES = Path(step.__file__).parent
+
+
+def small_run(seed: int = 0, **stage: Any) -> Run:
+    """4 px, then 8 px with a fade: 40, 50 and 70 steps; or one stage of 8 px."""
+    stages = [stage] if stage else [{"resolution": 4, "hold_images": 40 * BATCH},
+                                    {"resolution": 8, "fade_images": 50 * BATCH, "hold_images": 70 * BATCH}]
+    return from_dict({"name": "watched", "data": {"source": "none", "shards": "none"},
+                      "network": {"latent_size": 8, "fmap_base": 64, "fmap_max": 8}, "training": {"seed": seed},
+                      "stages": [{"batch_size": BATCH, "threads": 1, **each} for each in stages]})
+
+
+def smooth_images(resolution: int, count: int = 256) -> Tensor:
+    """uint8 [count, 3, R, R]: four random corners and what lies between them."""
+    corners = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    return (F.interpolate(corners, resolution, mode="bilinear", align_corners=True) * 255).to(torch.uint8)
+
+
+def share_at(run: Run, images: Tensor, images_seen: int) -> step.Share:
+    rng = torch.Generator().manual_seed(growth.random_seed(run.training.seed, "test", images_seen))
+    latents = torch.randn(2, BATCH, 8, generator=rng)
+    return step.Share(images[torch.randint(len(images), (BATCH,), generator=rng)],
+                      torch.rand(BATCH, generator=rng) < 0.5, latents[0], latents[1], torch.rand(BATCH, generator=rng))
+
+
+def new_state(run: Run, resolution: int, older: step.TrainState | None) -> step.TrainState:
+    fades = older is not None
+    nets = [cls(run.network, resolution, fades) for cls in (Generator, Discriminator, Generator)]
+    for net, role in zip(nets, ("generator", "discriminator", "generator"), strict=True):
+        initialise(net, run.training.seed, role)
+    if older:
+        for net, old in zip(nets, (older.generator, older.discriminator, older.average), strict=True):
+            net.load_state_dict(old.state_dict(), strict=False)
+    return step.TrainState(*nets, *(step.new_adam(net, run) for net in nets[:2]),  # type: ignore[arg-type]
+                           torch.zeros(2), older.images_seen if older else 0)
+
+
+def ticks_of(run: Run) -> Iterator[Tick]:
+    """Trains all stages by the real step, a tick at each."""
+    plan, state = growth.schedule(run), None
+    while state is None or state.images_seen < plan.end:
+        moment = growth.at(plan, state.images_seen if state else 0)
+        if moment.images_seen == plan.stage_span(moment.phase.stage)[0]:
+            state = new_state(run, moment.phase.resolution, state)
+            images, rules = smooth_images(moment.phase.resolution), step.Rules.of(run, BATCH, 1)
+        elif moment.starts_phase:
+            state.generator_adam, state.discriminator_adam = (
+                step.new_adam(net, run) for net in (state.generator, state.discriminator))
+        seen = step.train_step(state, [share_at(run, images, moment.images_seen)], moment, rules)
+        yield {"event": "tick", "resolution": moment.phase.resolution, "phase": moment.phase.kind,
+               "alpha": moment.alpha, "learning_rate": moment.learning_rate, "images_seen": state.images_seen,
+               "masked": state.masked.tolist(), **{name: value.item() for name, value in seen.items()}}
+
+
+def watched(ticks: list[Tick]) -> list[dict[str, Any]]:
+    """The alarms of a run, each stage looked at by its own Alarms as the loop does."""
+    looks = {tick["resolution"]: Alarms() for tick in ticks}
+    return [alarm for tick in ticks for alarm in looks[tick["resolution"]].look(tick)]
+
+
+# Watch -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_with_one_value_that_is_not_finite_ends_the_stage() -> None:
+    watch = Watch(BATCH, 0, [0, 0])
+    watch.look(BATCH, [0, 0], 0.0)
+    with pytest.raises(NonFinite, match=r"1 tensors .* at images_seen=16") as caught:
+        watch.look(2 * BATCH, [0, 0], 1.0)
+    assert caught.value.images_seen == 2 * BATCH
+
+
+def test_masked_updates_of_one_network_in_a_row_are_counted_from_its_last_one_that_went_through() -> None:
+    watch = Watch(BATCH, 0, [0, 0])
+    watch.look(19 * BATCH, [19, 0], 0)  # 19 of D's in a row
+    watch.look(21 * BATCH, [20, 1], 0)  # of each network one of the last two went through
+    watch.look(40 * BATCH, [20, 20], 0)  # 19 of G's in a row
+    with pytest.raises(NonFinite, match="last 20 updates of the generator were all masked"):
+        watch.look(41 * BATCH, [20, 21], 0)
+
+
+def test_what_ends_a_stage_tells_the_driver_its_place_through_pickle() -> None:
+    error = pickle.loads(pickle.dumps(NonFinite("a NaN", 640)))
+    assert (str(error), error.images_seen) == ("a NaN", 640)
+
+
+@pytest.mark.fault
+def test_f25_updates_masked_without_end_are_counted_and_end_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in every gradient of D from step 11 on, in the real step: the 20th masked update in a row ends the stage."""
+    run = small_run(resolution=4, hold_images=40 * BATCH)
+    watch, seen, original = Watch(BATCH, 0, [0, 0]), 0, step.critic_objective
+
+    def poisoned(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, figures = original(*arguments)
+        return loss * (math.nan if seen >= 10 * BATCH else 1), figures
+
+    monkeypatch.setattr(step, "critic_objective", poisoned)
+    ticks = ticks_of(run)
+    for tick in itertools.islice(ticks, 29):
+        seen = tick["images_seen"]
+        watch.look(seen, tick["masked"], 0.0)
+    tick = next(ticks)
+    assert (tick["images_seen"], tick["masked"]) == (30 * BATCH, [20, 0])
+    with pytest.raises(NonFinite, match="last 20 updates of the discriminator"):
+        watch.look(tick["images_seen"], tick["masked"], 0.0)
+
+
+HIDING = {"nan_to_num", "nan_to_num_", "nansum", "nanmean", "nanmedian", "clamp", "clamp_", "clip", "clip_", "fmax",
+          "fmin", "clamp_min", "clamp_max", "clip_grad_norm_", "clip_grad_value_", "where", "masked_fill"}
+FINITE_ANYWAY = {"torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)"}  # chooses, by a flag that is drawn
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("module", ["step", "losses", "networks", "loop"])
+def test_f25_nothing_in_the_step_path_hides_a_number_that_is_not_finite(module: str) -> None:
+    """Every call in the syntax trees of the step path: none of those that turn a NaN or infinity into a number."""
+    tree = ast.parse((STAGES / f"{module}.py").read_text())
+    names = {ast.unparse(call): call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+             for call in ast.walk(tree) if isinstance(call, ast.Call)}
+    assert names
+    assert not {text for text, name in names.items() if name in HIDING} - FINITE_ANYWAY
+
+
+# Alarms ------------------------------------------------------------------------------------------------------------
+
+BEGIN = 80  # step of a fault
+Change = Callable[[float, bool], float]  # learning rate, whether the generator's -> the rate that is used
+
+
+def faulty(monkeypatch: pytest.MonkeyPatch, change: Change, steps: int, seed: int) -> list[Tick]:
+    """The ticks of 8 px trained by the real step, the learning rates changed from step BEGIN on."""
+    original, calls = step.masked_update, 0
+
+    def masked_update(adam: torch.optim.Adam, learning_rate: float) -> Tensor:
+        nonlocal calls
+        number, of_generator = divmod(calls, 2)
+        calls += 1
+        return original(adam, change(learning_rate, bool(of_generator)) if number >= BEGIN else learning_rate)
+
+    monkeypatch.setattr(step, "masked_update", masked_update)
+    return list(ticks_of(small_run(seed, resolution=8, hold_images=steps * BATCH, learning_rate=0.003)))
+
+
+def reach(tick: Tick) -> float:
+    """Norm x sqrt(3 x 8 x 8)."""
+    return float(tick["gradient_norm"] * 192**0.5)
+
+
+def first_outside(values: list[float], seen: list[float], room: float, young_room: float, limit: float) -> int:
+    """The tick from BEGIN on whose seen[n] first leaves the band of values[:n]: the rule of `Band`, written out."""
+    for n in range(BEGIN, len(values)):
+        known: list[float] = []
+        for value in values[:n - 8]:
+            middle = np.median(known or [0.0])
+            sigma = 1.4826 * np.median(np.abs(np.array(known or [0.0]) - middle))
+            if len(known) < 16 or abs(value - middle) <= max(4 * sigma, room):
+                known.append(value)
+        middle = np.median(known)
+        sigma = 1.4826 * np.median(np.abs(np.array(known) - middle))
+        width = max(8 * sigma, young_room) if len(known) < 100 else max(6 * sigma, room)
+        if abs(seen[n] - middle) > min(width, limit):
+            return n
+    raise AssertionError(f"no tick of {len(values)} leaves its band")
+
+
+def first_spike(ticks: list[Tick]) -> int:
+    """Of penalty / weight or loss_g / reach, whichever is first."""
+    penalties, levels = [tick["penalty"] / 10 for tick in ticks], [tick["loss_g"] / reach(tick) for tick in ticks]
+    found = []
+    for values, bounds in ((penalties, (1.0, 1.0, 3.0)), (levels, (1.0, 1.0, 1.5))):
+        with contextlib.suppress(AssertionError):
+            found.append(first_outside(values, values, *bounds))
+    return min(found)
+
+
+def first_win(ticks: list[Tick]) -> int:
+    """Of the median of 8 gaps."""
+    gaps = [(tick["score_real"] - tick["score_fake"]) / reach(tick) for tick in ticks]
+    medians = [float(np.median(gaps[max(0, n - 7):n + 1])) for n in range(len(gaps))]
+    return first_outside(gaps, medians, room=0.1, young_room=0.25, limit=0.75)
+
+
+FAULTS: dict[str, tuple[Change, Callable[[list[Tick]], int], set[str], int]] = {
+    "rate x100": (lambda rate, of_generator: rate * 100, first_spike, {"spike", "divergence"}, 100),
+    "generator frozen": (lambda rate, of_generator: 0.0 if of_generator else rate, first_win,
+                         {"discriminator wins"}, 140),
+    "discriminator frozen": (lambda rate, of_generator: rate if of_generator else 0.0, first_win,
+                             {"generator wins"}, 140),
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("fault", FAULTS)
+def test_f26_a_figure_that_leaves_its_band_is_told_within_one_tick(fault: str,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """From step 80 of real steps on: learning rate x100, or the generator's or the discriminator's rate 0."""
+    change, first, kinds, steps = FAULTS[fault]
+    ticks = faulty(monkeypatch, change, steps, seed=1)
+    alarms = watched(ticks)
+    left = ticks[first(ticks)]["images_seen"]
+    assert left <= alarms[0]["images_seen"] <= left + BATCH
+    assert kinds <= {alarm["alarm"] for alarm in alarms}
+    assert alarms[0]["alarm"] in kinds
+    assert all(alarm["value"] > alarm["bound"] > 0 or alarm["value"] < alarm["bound"] for alarm in alarms)
+
+
+@pytest.mark.fault
+def test_f26_a_gradient_spike_is_told_at_its_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One single update of the discriminator at 300 times its rate, after which its gradients are far too steep."""
+    updates = itertools.count()
+    ticks = faulty(monkeypatch, lambda rate, of_generator: rate * (300 if next(updates) == 0 else 1), 90, seed=1)
+    alarms = watched(ticks)
+    assert alarms[0]["alarm"] == "spike"
+    assert alarms[0]["images_seen"] == ticks[first_spike(ticks)]["images_seen"] <= (BEGIN + 2) * BATCH
+
+
+def test_an_alarm_is_for_a_person_and_for_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = faulty(monkeypatch, FAULTS["rate x100"][0], 90, seed=1)
+    spike = watched(ticks)[0]
+    assert json.loads(json.dumps(spike)) == spike
+    assert set(spike) == {"alarm", "figure", "value", "bound", "rule", "images_seen", "resolution", "message"}
+    assert spike["message"].startswith(f"8px after {spike['images_seen']:,} images: {spike['figure']} is ")
+    divergence = next(alarm for alarm in watched(ticks) if alarm["alarm"] == "divergence")
+    assert "resume=RESOLUTION branch=new stages.<n>.learning_rate=... (now 0.003)" in divergence["message"]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("seed", range(20))
+def test_f26_a_healthy_training_raises_no_alarm(seed: int) -> None:
+    """Nothing: the real step from 4 px through a fade and hold of 8 px, a tick at each of 160 steps."""
+    ticks = list(ticks_of(small_run(seed)))
+    assert (len(ticks), {tick["phase"] for tick in ticks}) == (160, {"fade", "hold"})
+    assert watched(ticks) == []
+
+
+def steady(count: int, **last: float) -> list[Tick]:
+    """Ticks that all but stand still, and what comes last."""
+    calm = {"resolution": 8, "phase": "hold", "alpha": 1.0, "learning_rate": 0.001, "loss_d": -0.1, "loss_g": 0.1,
+            "score_real": 0.2, "score_fake": -0.1, "penalty": 0.3, "gradient_norm": 1.0}
+    ticks = [{**calm, "images_seen": n * BATCH, "penalty": 0.3 + 0.01 * (n % 3)} for n in range(1, count + 1)]
+    return [*ticks[:-1], {**ticks[-1], **last}] if count else []
+
+
+def test_an_alarm_is_told_once_until_the_figure_was_back_for_sixteen_ticks() -> None:
+    alarms = Alarms()
+    spiking, calm = steady(1, penalty=60.0)[0], steady(1)[0]
+
+    def told(ticks: list[Tick]) -> list[str]:
+        return [alarm["alarm"] for tick in ticks for alarm in alarms.look(tick)]
+
+    assert told(steady(40)) == []
+    assert told([spiking]) == ["spike"]
+    assert told([spiking, spiking, spiking]) == ["divergence"]
+    assert told([calm] * 15 + [spiking]) == []
+    assert told([calm] * 17 + [spiking]) == ["spike"]
+
+
+def test_a_stage_that_starts_or_resumes_diverged_is_told_without_a_history() -> None:
+    assert [alarm["alarm"] for alarm in Alarms().look(steady(1, penalty=60.0)[0])] == ["spike"]
+    assert Alarms().look(steady(1, penalty=29.0)[0]) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_masked_update_s_figures_neither_alarm_nor_enter_the_history(value: float) -> None:
+    alarms = Alarms()
+    for tick in steady(60):
+        assert alarms.look(tick) == []
+        assert alarms.look({**tick, "loss_g": value, "penalty": value}) == []
+
+
+def test_the_same_training_seen_from_a_final_resolution_or_in_gray_alarms_alike() -> None:
+    """At norms a quarter of the present ones, and with a third of the values in an image."""
+    tick = {**steady(1)[0], "score_real": 20.0, "score_fake": -20.0}
+    halved = {**tick, "gradient_norm": tick["gradient_norm"] / 4}
+    gray = {**tick, "gradient_norm": tick["gradient_norm"] * 3**0.5}
+    pairs = [[(alarm["alarm"], pytest.approx(alarm["value"])) for _ in range(8) for alarm in alarms.look(each)]
+             for alarms, each in ((Alarms(), tick), (Alarms(penalty_divisor=4), halved), (Alarms(channels=1), gray))]
+    assert pairs[0]
+    assert pairs[0] == pairs[1] == pairs[2]
+    run = small_run()
+    seen_from_32 = dataclasses.replace(run, training=dataclasses.replace(run.training, penalty_at="final"))
+    assert [Alarms.of(seen_from_32, stage).penalty_divisor for stage in (0, 1)] == [2, 1]
+
+
+# Diversity ---------------------------------------------------------------------------------------------------------
+
+
+REALS = 271  # what half of the bundled photographs are
+
+
+def subjects(generator: torch.nn.Module, reals: int = REALS) -> evaluate.Subjects:
+    """What a metric looks at: smooth 8 px reals, and the generator's images."""
+    images = smooth_images(8, reals)
+
+    class Reals:
+        count = reals
+
+        def batches(self, start: int) -> Iterator[Tensor]:
+            yield from images.split(64)
+
+    latents = torch.randn(reals, 8, generator=torch.Generator().manual_seed(0))
+    return evaluate.Subjects(judged_run(), Reals(), generator, None, latents)  # type: ignore[arg-type]
+
+
+def judged_run(half_life: int = 100) -> Run:
+    """8 px holds from 720 images to 1,280."""
+    run = small_run()
+    return dataclasses.replace(run, training=dataclasses.replace(run.training, average_half_life=half_life))
+
+
+class Returns(Generator):
+    """A generator that returns k smooth images, none of them a real, whatever it is asked for."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__(small_run().network, 8, fades=False)
+        self.images = smooth_images(8, REALS + 1024)[-kept:].float() / 127.5 - 1
+
+    def forward(self, latents: Tensor, alpha: float = 1.0) -> Tensor:
+        return self.images[(latents[:, 0].abs() * 1e6).long() % len(self.images)]
+
+
+def measured(kept: int, images_seen: int, reals: int = REALS) -> Tick:
+    """The row of an averaged generator that returns `kept` images."""
+    figures = evaluate.frechet(subjects(Returns(kept), reals))
+    return {"metric": "frechet_pixels16", "resolution": 8, "images_seen": images_seen, "untrained": None, "reals": None,
+            "count": reals, **figures}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("kept", "figure"), [(1, "spread"), (2, "coverage"), (4, "coverage"), (8, "coverage"),
+                                              (1024, None)])
+def test_f27_a_generator_that_comes_to_return_few_images_raises_the_alarm(kept: int, figure: str | None) -> None:
+    """An averaged generator that returned 1,024 images returns k: 1, 2, 4, 8, or (no fault) 1,024 still."""
+    before, row = measured(1024, 1120), measured(kept, 1280)
+    found = evaluations.collapse(judged_run(), [{"metric": "swd", "spread": None}, row], [{"metric": "swd"}, before])
+    assert before["coverage"] > 0.9
+    assert (found and found["figure"]) == figure
+    if found:
+        bound = {"spread": 0.25, "coverage": pytest.approx(0.3 * before["coverage"])}
+        assert (found["alarm"], found["bound"]) == ("collapsing diversity", bound[found["figure"]])
+        assert found["value"] == row[found["figure"]] < found["bound"]
+        assert set(found) == {"alarm", "figure", "value", "bound", "rule", "images_seen", "resolution", "message"}
+        assert "8px after 1,280 images" in found["message"]
+        assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.fault
+def test_f27_a_generator_that_returned_one_image_from_the_start_raises_the_alarm() -> None:
+    """An averaged generator that returns one image, in the first checkpoint measured."""
+    found = evaluations.collapse(judged_run(), [measured(1, 1280)], [])
+    assert found
+    assert (found["figure"], found["value"]) == ("spread", pytest.approx(0, abs=1e-12))
+
+
+@pytest.mark.fault
+def test_f27_a_collapse_is_told_beside_what_an_earlier_session_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An averaged generator that returns 2 images, measured by a session that resumed one whose rows are on disk."""
+    lines, recorded, said = [measured(1024, 1120)], [], []
+    folder = SimpleNamespace(lines=lambda file: list(lines), append=lambda file, row: lines.append(row),
+                             record=lambda event, **facts: recorded.append((event, facts)))
+    shown = SimpleNamespace(say=lambda text, style="": said.append(text))
+    told = evaluations.Evaluations(judged_run(), folder, shown, SimpleNamespace(metric=lambda row: None))  # type: ignore[arg-type]
+    of = SimpleNamespace(name="r0008-hold-000001280", resolution=8, images_seen=1280)
+    told.running["task"] = of, 0.0  # type: ignore[assignment]
+    monkeypatch.setattr("ray.wait", lambda refs, **options: (refs, []))
+    monkeypatch.setattr("ray.get", lambda ref: [measured(2, 1280)])
+    told.collect()
+    assert [row["images_seen"] for row in lines] == [1120, 1280]
+    assert [event for event, _ in recorded] == ["alarm", "evaluation"]
+    assert recorded[0][1]["figure"] == "coverage"
+    assert any("alarm, collapsing diversity: 8px after 1,280 images" in text for text in said)
+
+
+def judged(images_seen: int = 1280, half_life: int = 100, before: list[Tick] | None = None, **figures: Any) -> bool:
+    """Whether the alarm is raised for a row of 8 px, with earlier rows."""
+    row = {**covering(0.9, images_seen=images_seen), **figures}
+    return evaluations.collapse(judged_run(half_life), [row], before or []) is not None
+
+
+def covering(coverage: float | None, **facts: Any) -> Tick:
+    return {"resolution": 8, "images_seen": 1120, "spread": 0.8, "coverage": coverage, "coverage_count": 200, **facts}
+
+
+def test_diversity_is_judged_once_the_average_had_four_half_lives_of_the_new_layers_alone() -> None:
+    """8 px fades from 320 images to 720; four half-lives of 100 later it is 1,120."""
+    assert [judged(seen, spread=0.1) for seen in (400, 720, 1119, 1120)] == [False, False, False, True]
+    best = [covering(0.9, images_seen=1000)]
+    assert [judged(seen, coverage=0.1, before=best) for seen in (1119, 1120)] == [False, True]
+    assert not judged(spread=0.1, coverage=0.1, before=best, half_life=141)
+    assert [judged(spread=spread) for spread in (None, 0.0, 0.249, 0.25)] == [False, True, True, False]
+    assert evaluations.collapse(judged_run(), [], []) is None
+    first, second = judged_run().stages
+    run = dataclasses.replace(judged_run(), stages=[first, dataclasses.replace(second, hold_images=0)])
+    assert evaluations.collapse(run, [covering(0.9, spread=0.1, images_seen=720)], []) is None  # all of it is a fade
+
+
+def test_coverage_is_held_against_the_best_checkpoint_before_that_had_covered_half() -> None:
+    known = [covering(0.6), covering(0.8), covering(0.7), covering(None, coverage_count=None), {"metric": "swd"}]
+    assert [judged(coverage=value, before=known) for value in (0.0, 0.239, 0.241, 1.0)] == [True, True, False, False]
+    assert not judged(coverage=0.0)
+    assert not judged(coverage=0.0, before=[covering(0.49)])
+    assert judged(coverage=0.0, before=[covering(0.5)])
+    assert not judged(coverage=0.0, before=[covering(0.9, images_seen=1280)])  # itself, measured before
+    assert not judged(coverage=None, coverage_count=None, before=known)
+    assert not judged(coverage=0.0, before=[{"resolution": 8, "images_seen": 1120, "spread": 0.8}])  # of a 0.1 release
+
+
+def test_another_resolution_s_coverage_counts_when_the_stage_ends_and_only_of_as_many_images() -> None:
+    smaller = [covering(0.9, resolution=4, images_seen=320)]
+    assert judged(1280, coverage=0.1, before=smaller)
+    assert not judged(1272, coverage=0.1, before=smaller)
+    assert judged(1272, coverage=0.1, before=[covering(0.9)])
+    assert [judged(coverage=0.1, before=[covering(0.9, coverage_count=count)]) for count in (199, 200, 300)] == [
+        False, True, True]
+
+
+def test_coverage_of_many_images_looks_at_the_first_of_either_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 of 271, in batches of 64: the same as of 100 alone. Of 5 it has no meaning, and no value."""
+    assert evaluate.frechet(subjects(Returns(1024)))["coverage_count"] == REALS
+    monkeypatch.setattr(evaluate, "COVERAGE_IMAGES", 100)
+    it = subjects(Returns(1024))
+    figures = evaluate.frechet(it)
+    reals = smooth_images(8, REALS)[:100].flatten(1).double() / 127.5 - 1
+    fakes = torch.cat(list(evaluate.generate(it.average, it.latents)))[:100].flatten(1).double() / 127.5 - 1
+    radii = torch.cdist(reals, reals).sort(dim=1).values[:, 5]
+    covered = (torch.cdist(reals, fakes) <= radii[:, None]).any(dim=1).double().mean().item()
+    assert (figures["coverage"], figures["coverage_count"]) == (covered, 100)
+    assert "coverage" not in evaluate.frechet(subjects(Returns(1024), 5))
+
+
+# Best checkpoints --------------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_of_a_resolution_has_the_lowest_value_and_of_equal_ones_is_the_earlier() -> None:
+    rows = [{"metric": metric, "resolution": resolution, "images_seen": seen, "value": value,
+             "checkpoint": f"r{resolution}-{seen}"}
+            for metric, resolution, seen, value in (
+                ("swd", 4, 100, None), ("swd", 8, 300, 5.0), ("swd", 8, 200, 5.0), ("swd", 8, 400, 9.0),
+                ("swd", 16, 500, math.nan), ("swd", 16, 600, 7.0), ("ms_ssim", 8, 400, 0.1))]
+    assert evaluations.best_checkpoints(rows, "swd") == {"r8-200", "r16-600"}
+    assert evaluations.best_checkpoints(rows, "ms_ssim") == {"r8-400"}
+    assert evaluations.best_checkpoints([], "swd") == set()
