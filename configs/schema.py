@@ -21,13 +21,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 RECIPES = Path(__file__).parent
 ENCODINGS = ("raw", "png", "webp", "jpeg")
-SECRET_NAMES = re.compile("(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|SECRET_KEY|PRIVATE_KEY)$", re.IGNORECASE)
+SECRET_NAMES = re.compile("(TOKEN|SECRET|PASSWORD|PASSWD|_PASS|_AUTH|API_?KEY|ACCESS_KEY|SECRET_KEY|PRIVATE_KEY|"
+                          "(?<!GOOGLE_APPLICATION_)CREDENTIALS)$", re.IGNORECASE)  # that one is a path, by definition
+# What is no secret to strike out: shorter values stand in any text (a 1, a flag), and a plain word in lower case, such
+# as postgres for a password, stands in paths (/home/postgres) that must stay right. From 12 letters on it may be a
+# pass phrase, and is no longer a word that paths hold by chance.
+NO_SECRET = re.compile(r"[\s\S]{0,7}|[a-z]{8,11}")
 
 
 def redacted(text: str) -> str:
     """`text` with `***` for the values of secret variables of the environment, and for what URLs keep secret."""
     for name, value in os.environ.items():
-        if len(value) >= 8 and SECRET_NAMES.search(name):  # a shorter one would strike out words
+        if SECRET_NAMES.search(name) and not NO_SECRET.fullmatch(value):
             text = text.replace(value, "***")
     return redacted_urls(text)
 
@@ -246,7 +251,7 @@ class Checkpoints:
         require(self.every_images > 0, f"checkpoints.every_images={self.every_images} must be positive.")
         require(self.keep >= 1, f"checkpoints.keep={self.keep}: keep at least 1, or a fault has nowhere to go back to.")
         require(self.retry_s >= 0, f"checkpoints.retry_s={self.retry_s} must not be negative.")
-        one_of("checkpoints.best", self.best, ["swd", "frechet_pixels16", "ms_ssim"])
+        one_of("checkpoints.best", self.best, ["swd", "frechet_pixels16"])
         refuse_login("checkpoints.location", self.location)
         refuse_query("checkpoints.location", self.location)
 

@@ -5,11 +5,16 @@ Imports that take time are made inside the commands: `gradine --help` answers wi
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
+RIGHTS = {errno.EACCES, errno.EPERM}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Train progressively grown GANs from a folder of images. A kimg is 1,000 real images shown.")
@@ -147,7 +152,8 @@ def _train(config: str, settings: list[str] | None, shard_if_needed: bool, take_
 
 def main() -> None:
     """Exit codes: 0 done, 2 wrong input, 3 a fault of the machine or cluster, 4 checkpoints cannot be written, 5 the
-    same failure three times, 6 not finite after all roll-backs, 130 Ctrl-C, 143 SIGTERM (both with a checkpoint)."""
+    same failure three times, 6 not finite after all roll-backs, 130 Ctrl-C, 143 SIGTERM (both with a
+    checkpoint if a stage was training)."""
     from gradine.configs.schema import EnvironmentFault, UserError, redacted
 
     try:
@@ -155,9 +161,18 @@ def main() -> None:
     except (UserError, EnvironmentFault) as error:
         print(f"gradine: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else error.exit_code)
-    except OSError as error:  # a full disk, a folder that cannot be written
-        print(f"gradine: {redacted(str(error))}. Mend that; the same command then goes on.", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in DISK | RIGHTS:  # of those a person can mend nothing: the stack says where we are wrong
+            raise
+        print(f"gradine: {redacted(_reason(error))}. Mend that; the same command then goes on.", file=sys.stderr)
         sys.exit(3)
+
+
+def _reason(error: OSError) -> str:
+    if error.errno in RIGHTS and error.filename is not None:
+        path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        return f"{path}: uid {os.geteuid()} lacks the right to use it so ({error.strerror})"
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import gradine
 from gradine.configs.schema import EnvironmentFault, Run, Stage, UserError
 from gradine.pipeline.plan import Plan
 
-SECONDS_TO_TELL = 3.0  # for the other workers' errors, once one has failed
+SECONDS_TO_END = 10.0  # for the other workers, once one has failed; one that hangs is ended by force
 
 
 @contextmanager
@@ -110,6 +110,9 @@ class Worker:
 
     def join(self, rank: int, workers: int, master: tuple[str, int]) -> None:
         """What torchrun would set; a group of one needs none of it."""
+        from gradine.stages.stopping import ignore_repeats
+
+        ignore_repeats()  # a node's SIGTERM and the driver's: whoever wants a quick end has ray.kill
         if workers > 1:  # LOCAL_RANK picks the GPU, and Ray shows each actor its own one alone
             os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(workers),
                               MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
@@ -132,6 +135,19 @@ def says_why(error: Exception) -> bool:
 
     cause = getattr(error, "cause", None) or error
     return isinstance(cause, UserError | EnvironmentFault | NonFinite | OutOfMemory | RayActorError)
+
+
+def terminate(pid: int) -> None:
+    os.kill(pid, signal.SIGTERM)
+
+
+def terminate_on(node: str, pid: int) -> Any:
+    """SIGTERM to a process of another node, by a task there. -> its ref"""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+    task = ray.remote(num_cpus=0)(terminate)
+    return task.options(scheduling_strategy=On(node, soft=False), runtime_env=worker_environment(1)).remote(pid)
 
 
 def whereabouts() -> tuple[str, int]:
@@ -194,38 +210,40 @@ class Group:
                 except StopIteration:
                     streams.remove(stream)
                 except Exception as error:
-                    raise self.cause_of(error, [other for other in streams if other is not stream]) from error
+                    streams.remove(stream)
+                    raise (yield from self.last_words(error, streams)) from error
             idle()
 
-    def cause_of(self, error: Exception, others: list[Any]) -> Exception:
-        """What ended the stage: a worker may only have met the broken connection of the one it happened to."""
+    def last_words(self, error: Exception, others: list[Any]) -> Generator[dict[str, Any], None, Exception]:
+        """The events until the other workers have ended too, a save under way with them; then what ended the stage.
+
+        A worker may only have met the broken connection of the one that it happened to.
+        """
         import ray
 
-        until = time.monotonic() + SECONDS_TO_TELL
-        while not says_why(error) and others and (left := until - time.monotonic()) > 0:
+        until = time.monotonic() + SECONDS_TO_END
+        while others and (left := until - time.monotonic()) > 0:
             ready, _ = ray.wait(others, num_returns=1, timeout=left)
             for stream in ready:
                 try:
-                    ray.get(next(stream))  # an event of before: what it told is on the disk as well
+                    yield ray.get(next(stream))
                 except StopIteration:
                     others.remove(stream)
                 except Exception as another:
                     others.remove(stream)
-                    error = another if says_why(another) else error
+                    error = another if says_why(another) and not says_why(error) else error
         return error
 
     def ask_to_stop(self) -> None:
         """SIGTERM to one worker, on this node if there is one; it tells the others: all end after the same step."""
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
         here = ray.get_runtime_context().get_node_id()
         node, pid = next((place for place in self.places if place[0] == here), self.places[0])
         if node == here:
-            os.kill(pid, signal.SIGTERM)
+            terminate(pid)
         else:
-            there = On(node, soft=False)
-            ray.remote(num_cpus=0)(os.kill).options(scheduling_strategy=there).remote(pid, signal.SIGTERM)
+            terminate_on(node, pid)
 
     def end(self) -> None:
         import ray

@@ -107,9 +107,6 @@ class Board:
             self.tell(f"curves in {self.path.parent} are written again; they lack {self.dropped} points")
             self.failing, self.dropped = False, 0
 
-    def close(self) -> None:
-        """Nothing waits: every event is on its way to the disk when `draw` returns."""
-
 
 def record(event: Any) -> bytes:
     """An event as event files hold it: length, check sum, content, check sum."""

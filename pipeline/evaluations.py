@@ -18,6 +18,7 @@ from gradine.stages.commits import location_of
 LEAST_SPREAD = 0.25  # of the fakes' variance over the reals': below it diversity collapses
 LEAST_COVERAGE = 0.3  # of the best before it: below it too
 KNOWN_COVERAGE = 0.5  # of the reals: a run that covered fewer so far can not be told to have lost them
+MOST_WAITING = 4  # checkpoints inside stages
 JUDGED_AFTER = 4  # half-lives of the averaged generator since the stage's fade
 
 
@@ -43,6 +44,11 @@ class Evaluations:
     def start(self, of: commits.Checkpoint) -> None:
         """Now, or when the one before it has ended: more than one would take the places of the training's workers."""
         self.waiting.append(of)
+        late = [one for one in self.waiting if not one.stage_end]
+        for left_out in late[:-MOST_WAITING]:  # else they, and the checkpoints kept for them, pile up
+            self.waiting.remove(left_out)
+            self.shown.say(f"{left_out.name} is not measured: measuring takes longer than the time between checkpoints",
+                           "yellow")
         self.start_next()
 
     def start_next(self) -> None:

@@ -1,10 +1,11 @@
 """Who may write to a run: one process at a time, also where several machines see one disk.
 
 On a local disk this is the kernel's flock: free at once when its holder dies. On a shared disk, and in an object store,
-it is a lease: the file with the highest number in `lease/`, renewed every 15 s, free 60 s after its last renewal. Who
-takes it creates the next number exclusively: of many one wins, a kill at any moment leaves a lease that expires, and
-who had it before sees the higher number. No two machines' clocks are compared: a lease is as old as the place's own
-times say, beside that of a file written just now.
+it is a lease: the file with the highest number in `lease/`, renewed every 15 s, free 60 s after its last renewal, or at
+once for who sees that its holder is dead: a process of the same machine and pid namespace. Who takes it creates the
+next number exclusively: of many one wins, a kill at any moment leaves a lease that expires, and who had it before sees
+the higher number. No two machines' clocks are compared: a lease is as old as the place's own times say, beside that of
+a file written just now.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gradine.configs.schema import EnvironmentFault, UserError
-from gradine.stages.store import Store, is_remote, write_atomic
+from gradine.stages.store import Store, is_remote, make_folder, write_atomic
 
 LEASE_S, RENEW_S = 60.0, 15.0
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "tmpfs", "ramfs", "overlay",
@@ -51,22 +52,35 @@ def held(folder: Path, take_over: bool = False, disk: str = "", lease_s: float =
 
     `take_over` takes a lease whose holder may be alive. `disk`: `local`, `shared` or `unknown` instead of what it is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    disk, what, now = disk or disk_kind(folder), f"run folder {folder}", Held()
-    with ExitStack() as stack:
-        if disk != "shared":
-            now.locks.append(stack.enter_context(Flock(folder / "lock", what, take_over, disk == "local")))
-        if disk != "local":
-            now.locks.append(stack.enter_context(Lease(Disk(folder / "lease"), what, take_over, lease_s, renew_s)))
+    with _held(folder, f"run folder {folder}", "", take_over, disk, lease_s, renew_s) as now:
         yield now
 
 
 @contextmanager
-def lease(location: str, take_over: bool = False, lease_s: float = LEASE_S, renew_s: float = RENEW_S) -> Iterator[Held]:
-    """Holds a location of checkpoints, a folder or an object store's prefix, like `held` on a shared disk."""
-    place = Objects(location, deadline_s=2 * renew_s) if is_remote(location) else Disk(Path(location) / "lease")
+def _held(folder: Path, what: str, prefix: str, take_over: bool, disk: str, lease_s: float,
+          renew_s: float) -> Iterator[Held]:
+    make_folder(folder)
+    disk, now = disk or disk_kind(folder), Held()
+    with ExitStack() as stack:
+        if disk != "shared":
+            now.locks.append(stack.enter_context(Flock(folder / f"{prefix}lock", what, take_over, disk == "local")))
+        if disk != "local":
+            place = Disk(folder / f"{prefix}lease")
+            now.locks.append(stack.enter_context(Lease(place, what, take_over, lease_s, renew_s)))
+        yield now
+
+
+@contextmanager
+def lease(location: str, take_over: bool = False, lease_s: float = LEASE_S, renew_s: float = RENEW_S,
+          disk: str = "") -> Iterator[Held]:
+    """Holds a location of checkpoints: a folder like `held`, an object store's prefix by a lease."""
+    what = f"{Store(location).shown} (checkpoints.location)"
+    if not is_remote(location):  # its own names: it may be the run folder, which this process holds already
+        with _held(Path(location), what, "checkpoints-", take_over, disk, lease_s, renew_s) as now:
+            yield now
+        return
     now = Held()
-    with Lease(place, f"{Store(location).shown} (checkpoints.location)", take_over, lease_s, renew_s) as taken:
+    with Lease(Objects(location, deadline_s=2 * renew_s), what, take_over, lease_s, renew_s) as taken:
         now.locks.append(taken)
         yield now
 
@@ -90,6 +104,41 @@ def disk_kind(path: Path, mounts: str | None = None) -> str:
 
 def myself() -> str:
     return f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
+
+
+def process() -> dict[str, Any]:
+    """Which process this is, for another one to find out later whether it lives; {} where that cannot be known."""
+    try:
+        return {"pid": os.getpid(), "host": socket.gethostname(),
+                "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+                "pid_namespace": Path("/proc/self/ns/pid").stat().st_ino, "started": _started(os.getpid())}
+    except OSError:  # no Linux
+        return {}
+
+
+def _started(pid: int) -> int:
+    """When a process started, in the kernel's ticks since boot. OSError if there is none."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def _gone(other: Any) -> bool:
+    """Whether the process that `process` described is certainly dead.
+
+    Only who shares its machine, boot and pid namespace can tell: elsewhere its pid means nothing. A namespace's number
+    is given anew only after all its processes died, so that what this one lacks is dead in either.
+    """
+    mine = process()
+    if not mine or not isinstance(other, dict) or other.keys() != mine.keys():
+        return False
+    if any(other[name] != mine[name] for name in ("host", "boot", "pid_namespace")):
+        return False
+    try:
+        os.kill(other["pid"], 0)
+        return _started(other["pid"]) != other["started"]  # its pid is another's now, such as 1 in a new container
+    except ProcessLookupError:
+        return True
+    except (OSError, TypeError, ValueError, OverflowError):  # another user's, or no pid
+        return False
 
 
 class Flock:
@@ -158,7 +207,7 @@ class Lease:
 
     def __init__(self, place: Place, what: str, take_over: bool, lease_s: float, renew_s: float) -> None:
         self.place, self.what, self.take_over, self.lease_s, self.renew_s = place, what, take_over, lease_s, renew_s
-        self.mine = json.dumps({"holder": myself(), "token": secrets.token_hex(8)}).encode()
+        self.mine = json.dumps({"holder": myself(), "process": process(), "token": secrets.token_hex(8)}).encode()
         self.ended, self.looking = threading.Event(), threading.Lock()
         self.thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._lost: str | None = None
@@ -178,8 +227,9 @@ class Lease:
         return self
 
     def _refuse_live(self, number: int) -> None:
-        age = self.place.age_s(number)
-        if age <= self.lease_s and not _parsed(self.place.read(number)).get("released"):  # nor if written in the future
+        age, content = self.place.age_s(number), _parsed(self.place.read(number))
+        # One written in the future is live too.
+        if age <= self.lease_s and not content.get("released") and not _gone(content.get("process")):
             self._refuse(number, f"It gave a sign of life {max(age, 0):.0f} s ago; if it is dead, this is free "
                                  f"{self.lease_s:.0f} s after the last")
 
@@ -247,7 +297,7 @@ class Disk:
         return self.folder / f"{number:06d}"
 
     def highest(self) -> int:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         return max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=0)
 
     def read(self, number: int) -> bytes:

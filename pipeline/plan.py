@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +87,16 @@ def resolved(run: Run, cores: int, stored: Run | None = None) -> Run:
         own = int(stage.cpus) if stage.cpus > 1 else max(1, cores // stage.workers)
         threads = kept.threads if kept and kept.workers == stage.workers else own
         stages.append(replace(stage, threads=stage.threads or threads, micro_batch=stage.micro_batch or micro))
+    return replace(run, stages=stages)
+
+
+def with_smaller_micro_batches(run: Run, ledger: Iterable[dict[str, Any]]) -> Run:
+    """The run with the micro-batches that memory forced upon it, wherever the given ones are those that did not fit."""
+    forced = [line for line in ledger if line["event"] == "micro_batch"]
+    stages = list(run.stages)
+    for line in forced:
+        stages = [replace(stage, micro_batch=line["now"]) if (stage.resolution, stage.micro_batch)
+                  == (line["resolution"], line["was"]) else stage for stage in stages]
     return replace(run, stages=stages)
 
 

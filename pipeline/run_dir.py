@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from gradine.configs.schema import EnvironmentFault, UserError, redacted
 from gradine.pipeline import lock
 
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # a disk may recover from these
+RIGHTS = {errno.EROFS, errno.EACCES}  # someone may mend these; a run that had them from the start cannot begin
 MOST_WAITING = 10_000  # lines per file, some 4 MB: a tick a second for almost three hours
 
 
@@ -44,6 +45,7 @@ class RunDir:
         self.report = self.path / "report.html"
         self.tell: Callable[[str], None] = warn  # how a person hears of a disk that fails, and that it works again
         self.journals: dict[str, Journal] = {}
+        self.began = False  # this process has added a line
 
     @staticmethod
     def existing(path: str | Path) -> RunDir:
@@ -78,9 +80,13 @@ class RunDir:
         return self.append("ledger.jsonl", {"time": round(time.time(), 3), "event": event, **facts})
 
     def append(self, file: str, line: dict[str, Any]) -> dict[str, Any]:
-        """Appends one line to a .jsonl file, without the secrets in its texts; it may wait for a disk to recover."""
+        """Appends one line to a .jsonl file, without the secrets in its texts; it may wait for a disk to recover.
+
+        Once a line was taken, one also waits where the right to write is gone: checkpoints may lie on another disk.
+        """
         journal = self.journals.setdefault(file, Journal(self.path / file, lambda text: self.tell(text)))
-        journal.append(json.dumps(without_secrets(line)).encode() + b"\n")
+        journal.append(json.dumps(without_secrets(line)).encode() + b"\n", PASSING | RIGHTS if self.began else PASSING)
+        self.began = True
         return line
 
     def lines(self, file: str) -> list[dict[str, Any]]:
@@ -113,8 +119,8 @@ class Journal:
         self.failing, self.dropped = False, 0
         self.writing = threading.Lock()
 
-    def append(self, line: bytes) -> None:
-        """Writes what waits, then `line`; OSError for what no time mends, such as a folder that is gone."""
+    def append(self, line: bytes, passing: Collection[int]) -> None:
+        """Writes what waits, then `line`; OSError for what is not `passing`, such as a folder that is gone."""
         with self.writing:
             if len(self.waiting) < MOST_WAITING:
                 self.waiting.append(line)
@@ -123,12 +129,12 @@ class Journal:
             try:
                 self._write()
             except OSError as error:
-                if error.errno not in PASSING:
+                if error.errno not in passing:
                     self.waiting.pop()
                     raise
                 if not self.failing:
                     self.tell(f"{self.path} cannot be written: {self._need(error)} Its lines wait in memory, all else "
-                              "goes on: make room there.")
+                              f"goes on: {_mend(error)} there.")
                 self.failing = True
 
     def _drop(self) -> None:
@@ -161,7 +167,7 @@ class Journal:
             except OSError as error:
                 dropped = f" and {self.dropped:,} dropped ones" if self.dropped else ""
                 return (f"{len(self.waiting):,} lines{dropped} of {self.path} are lost: {self._need(error)} The "
-                        "checkpoints are as they were; make room there before the next run")
+                        f"checkpoints are as they were; {_mend(error)} there before the next run")
         return ""
 
     def _need(self, error: OSError) -> str:
@@ -170,6 +176,10 @@ class Journal:
         except OSError:
             free = "unknown"
         return f"{error.strerror}. It needs {sum(map(len, self.waiting)):,} bytes, {free} are free."
+
+
+def _mend(error: OSError) -> str:
+    return f"give uid {os.geteuid()} the right to write" if error.errno in RIGHTS else "make room"
 
 
 def append_whole(path: Path, content: bytes) -> None:

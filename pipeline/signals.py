@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
+ONE_REQUEST_S = 0.5  # `timeout` and service managers signal the process and its group at once
 
 
 class Stopped(KeyboardInterrupt):  # Ray lets nothing else out of its waits, and no `except Exception` swallows it
@@ -26,6 +28,8 @@ class Signals:
 
     def __init__(self) -> None:
         self.asked, self.gentle = 0, False
+        self.asked_at = 0.0
+        self.leaving: threading.Timer | None = None
 
     @contextmanager
     def heard(self) -> Iterator[Signals]:
@@ -38,6 +42,8 @@ class Signals:
         except SystemExit as error:  # how Ray, while it starts, answers SIGTERM
             raise Stopped(signal.SIGTERM) if error.code == signal.SIGTERM else error from None
         finally:
+            if self.leaving:
+                self.leaving.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
@@ -58,12 +64,21 @@ class Signals:
         if self.asked:
             raise Stopped(self.asked)
 
+    def leave_within(self, seconds: float) -> None:
+        """The process ends by then: a Ray whose own processes got the same signal is waited for much longer."""
+        if self.asked and not self.leaving:
+            self.leaving = threading.Timer(seconds, os._exit, (128 + self.asked,))
+            self.leaving.daemon = True
+            self.leaving.start()
+
     def _hear(self, number: int, _: FrameType | None) -> None:
+        if self.asked and time.monotonic() - self.asked_at < ONE_REQUEST_S:
+            return
         if self.asked:
             for each in STOPS:
                 signal.signal(each, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.asked = number
+        self.asked, self.asked_at = number, time.monotonic()
         if not self.gentle:
             raise Stopped(number)

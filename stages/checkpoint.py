@@ -65,7 +65,8 @@ class Saver:
     """Commits states in a thread of its own: training goes on once they are copied to the host.
 
     One is being written and at most one waits; a newer one takes the place of one that waits, unless that ends a stage.
-    A failed save is tried again after `retry_s`; the third failure in a row ends the stage with SaveFault.
+    A failed save is tried again after `retry_s`, also one without memory for it; the third in a row ends the stage with
+    SaveFault.
     """
 
     def __init__(self, run: Run, location: str, term: Term) -> None:
@@ -103,12 +104,12 @@ class Saver:
         if fault:
             raise fault
 
-    def wait(self, hurry: bool = False) -> None:
-        """Until everything handed over is durable, or will not be. hurry: without pauses between tries."""
+    def wait(self, hurry: bool = False, timeout: float | None = None) -> bool:
+        """Until everything handed over is durable, or will not be: then True. hurry: without pauses between tries."""
         with self.changed:
             self.hurried = hurry
             self.changed.notify_all()
-            self.changed.wait_for(lambda: not self.waiting or self.fault or self.closed)
+            return bool(self.changed.wait_for(lambda: not self.waiting or self.fault or self.closed, timeout))
 
     def close(self) -> None:
         """Ends the thread after the save under way; what waits is not written any more."""
@@ -149,7 +150,7 @@ class Saver:
             path = write(self.location, tensors, info, self.term)
         except Fenced:  # no other try would end otherwise
             raise
-        except (OSError, UserError, EnvironmentFault) as error:
+        except (OSError, UserError, EnvironmentFault, MemoryError) as error:  # another try may find memory again
             self.failures += 1
             reason = self._reason(tensors, error)
             with self.changed:
@@ -166,6 +167,8 @@ class Saver:
         return True
 
     def _reason(self, tensors: dict[str, dict[str, Tensor]], error: Exception) -> str:
+        if isinstance(error, MemoryError):
+            return "no memory for a file's bytes"
         if not isinstance(error, OSError):
             return str(error)
         reason = error.strerror or str(error)

@@ -21,15 +21,17 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gradine.configs.schema import EnvironmentFault, Run, UserError
-from gradine.stages.store import Store, is_remote
+from gradine.stages.store import Store, _write, is_remote, make_folder
+from gradine.stages.store import _sync as _sync_folder
 
+T = TypeVar("T")
 SCHEMA = 2
 READABLE = (1, 2)  # 1: no terms, and a manifest that does not vouch for itself
 MANIFEST = "MANIFEST.json"
@@ -39,6 +41,8 @@ FILES = frozenset({*(f"{part}.safetensors" for part in (*NETWORKS, "optimizers")
 MOST_JSON = 1 << 20  # bytes; a hostile file is not read into memory. The full networks' safetensors headers have 40 kB
 LARGE = 32 << 20  # bytes from which on a file's header is checked before all of it is read
 PHASES = ("fade", "hold")
+DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EIO})  # else the machine is at fault
+PASSING = frozenset({errno.EIO, errno.ESTALE})  # another try may read it; ESTALE of a file that has gone says so then
 FOLDER = re.compile(r"r[0-9][A-Za-z0-9.-]*")  # others are not ours
 TERM = re.compile(r"term-([0-9]{6,15})\.json")
 Ranges = tuple[tuple[int, int], ...]  # of images_seen, each from its first value up to and without its last
@@ -46,6 +50,10 @@ Ranges = tuple[tuple[int, int], ...]  # of images_seen, each from its first valu
 
 class Damaged(ValueError):
     """A checkpoint that must not be used, with the file and the reason."""
+
+
+class StartedOver(str):
+    """The line on a whole checkpoint that does not count because the run was begun anew: nothing is lost with it."""
 
 
 @dataclass(frozen=True)
@@ -164,29 +172,6 @@ def sealed(body: dict[str, Any]) -> bytes:
     return f'{text[:-2]},\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}'.encode()
 
 
-def make_folder(path: Path) -> None:
-    """Creates a folder and those above it so that a power cut does not take them back."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # Terms --------------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +183,9 @@ def begin_term(location: str | Path, start: Checkpoint | None, skipped: Ranges =
     """The right to commit what follows `start`, taken from every earlier holder."""
     if not is_remote(str(location)):
         make_folder(Path(location))
-        _sync_folder(Path(location).parent)  # whoever made the folder may have been killed before it did so
+        for above in list(Path(location).parents)[:2]:  # whoever made location and run folder may have been killed
+            with suppress(PermissionError):  # a folder of others, which may be passed through and not read
+                _sync_folder(above)
     store, images_seen = Store(str(location)), start.images_seen if start else 0
     holder = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
     while True:
@@ -224,37 +211,54 @@ def _term_numbers(location: str | Path) -> list[int]:
 
 
 def read_term(location: str | Path, number: int) -> Term | None:
-    """A term as its file tells it; None if that is damaged or is of another number."""
+    """A term as its file tells it; None if that is damaged or of another number. EnvironmentFault if none can tell."""
     try:
         body = opened(_bytes(Store(str(location)), f"term-{number:06d}.json", MOST_JSON))
         if body["number"] != number:
             return None
         return Term(_count(body["number"]), _starts(body["starts"]), body["parent"], _ranges(body["skipped"]),
                     str(body["holder"]))
+    except UserError:  # of a key or bucket that is wrong
+        raise
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
 def newest_term(location: str | Path) -> Term | None:
-    numbers = _term_numbers(location)
-    return next((term for number in reversed(numbers) if (term := read_term(location, number))), None)
+    """The newest term that is known: from its file, or from the last checkpoint that it committed and that counts.
+
+    Of a term whose file is damaged or lost before it committed anything nothing is known: neither where it went on
+    from nor what it was to skip. Then this is the one before.
+    """
+    from_files = (read_term(location, number) for number in reversed(_term_numbers(location)))
+    term = next((term for term in from_files if term), None)
+    last = max(find(location)[0], key=lambda one: (one.term, one.images_seen), default=None)
+    if last and last.term > (term.number if term else 0):
+        return Term(last.term, last.starts, None, last.skipped)
+    return term
 
 
 def refuse_if_fenced(location: str | Path, term: Term) -> None:
     """Fenced if a later term has begun. Readers keep the same rule: this only spares them the sight."""
     later = [number for number in _term_numbers(location) if number > term.number] if term.number else []
     if later:
-        newest = read_term(location, later[-1])
-        raise Fenced(f"{location}: term {later[-1]} ({newest.holder if newest else 'its file is damaged'}) has gone on "
-                     f"with this run since this process, of term {term.number}, last committed. What it did since does "
-                     "not count; let the other go on.")
+        try:
+            newest = read_term(location, later[-1])
+            holder = newest.holder if newest else "its file is damaged"
+        except EnvironmentFault:  # that it is there is enough
+            holder = "its file cannot be read"
+        raise Fenced(f"{location}: term {later[-1]} ({holder}) has gone on with this run since this process, of term "
+                     f"{term.number}, last committed. What it did since does not count; let the other go on.")
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
 def read(path: str | Path) -> dict[str, bytes]:
-    """All files of a checkpoint, verified against its manifest; raises Damaged with the file and the reason."""
+    """All files of a checkpoint, verified against its manifest; raises Damaged with the file and the reason.
+
+    EnvironmentFault where the machine is at fault (no right, a server gone, no memory): then nothing is known of it.
+    """
     place, listing = Store(str(path)), read_manifest(path)["files"]
     there = _sizes(place)
     if extra := sorted(set(there) - set(listing) - {MANIFEST}):
@@ -375,18 +379,40 @@ def _sizes(place: Store) -> dict[str, int | None]:
     """Bytes of each entry of a checkpoint, None for what is no plain file: a link, a folder, a pipe, a device."""
     if place.remote:
         return dict(place.list())
-    try:
+
+    def sizes() -> dict[str, int | None]:
         with os.scandir(place.folder) as entries:
             return {entry.name: entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False)
                     else None for entry in entries}
-    except OSError as error:
-        raise Damaged(f"{place.shown} cannot be read: {error.strerror or error}") from error
+
+    return _looked_at(place.shown, sizes)
+
+
+def _looked_at(where: str, look: Callable[[], T]) -> T:
+    """What `look` gives. Damaged if its error is of the file, EnvironmentFault if it is of this machine or user.
+
+    A checkpoint that is taken for damaged is left behind, and ended by the next term.
+    """
+    for tries_left in (1, 0):
+        try:
+            return look()
+        except OSError as error:
+            if tries_left and error.errno in PASSING:
+                continue
+            if isinstance(error, FileNotFoundError):
+                raise Damaged(f"{where} is missing") from error
+            if error.errno in DAMAGE:
+                raise Damaged(f"{where} cannot be read: {error.strerror}") from error
+            raise EnvironmentFault(f"{where} cannot be read: {error.strerror or error}. Give this user the right to "
+                                   "read it, or mend the disk; nothing was changed.") from error
+    raise AssertionError
 
 
 def _bytes(place: Store, name: str, most: int) -> bytes:
-    """A file's content. Damaged if it is missing, no plain file, unreadable, or longer than `most` bytes."""
+    """A file's content. Damaged if it is missing, no plain file, or longer than `most` bytes."""
     where = f"{place.shown}/{name}"
-    try:
+
+    def content() -> bytes:
         if place.remote:
             size = place.size(name)
         else:
@@ -399,26 +425,27 @@ def _bytes(place: Store, name: str, most: int) -> bytes:
         if size > most:
             raise Damaged(f"{where} has {size:,} bytes, more than the {most:,} it may have")
         return place.read(name)
-    except FileNotFoundError as error:
-        raise Damaged(f"{where} is missing") from error
-    except OSError as error:
-        raise Damaged(f"{where} cannot be read: {error.strerror or error}") from error
+
+    return _looked_at(where, content)
 
 
 def _refuse_false_header(place: Store, name: str, size: int) -> None:
     """Damaged for a safetensors file of another length than its header says: seen before all of it is in memory."""
     where = f"{place.shown}/{name}"
-    try:
+
+    def start() -> tuple[int, bytes]:
         with place.open(name) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(MOST_JSON, size - 8):
                 raise Damaged(f"{where} claims a header of {length:,} bytes")
-            header = json.loads(file.read(length))
+            return length, file.read(length)
+
+    length, text = _looked_at(where, start)
+    try:
+        header = json.loads(text)
         ends = [entry["data_offsets"][1] for tensor, entry in header.items() if tensor != "__metadata__"]
         if 8 + length + max(ends, default=0) != size:
             raise Damaged(f"{where} has {size:,} bytes, its header says otherwise")
-    except OSError as error:
-        raise Damaged(f"{where} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise error if isinstance(error, Damaged) else Damaged(f"{where} has no header: {_said(error)}") from error
 
@@ -429,7 +456,7 @@ def _refuse_false_header(place: Store, name: str, size: int) -> None:
 def find(location: str | Path) -> tuple[list[Checkpoint], list[str]]:
     """The checkpoints that count, by images seen and then term, and a line for each folder that does not.
 
-    Raises EnvironmentFault if `location` is there and cannot be listed: it must not pass for empty.
+    Raises EnvironmentFault if `location` is there and it or what is in it cannot be read: it must not pass for empty.
     """
     found, passed = _described(location)
     starts = _starts_of(found) | terms(location)
@@ -437,8 +464,9 @@ def find(location: str | Path) -> tuple[list[Checkpoint], list[str]]:
     for one in found:
         ended_by = [number for number, start in starts.items() if number > one.term and start < one.images_seen]
         if ended_by:
-            passed.append(f"{one.name} is of term {one.term}, and term {min(ended_by)} went on from "
-                          f"{starts[min(ended_by)]:,} images")
+            line = (f"{one.name} is of term {one.term}, and term {min(ended_by)} went on from "
+                    f"{starts[min(ended_by)]:,} images")
+            passed.append(StartedOver(line) if any(starts[number] == 0 for number in ended_by) else line)
         else:
             counting.append(one)
     return sorted(counting, key=lambda one: (one.images_seen, one.resolution, one.term, one.name)), passed
@@ -448,12 +476,24 @@ def _described(location: str | Path) -> tuple[list[Checkpoint], list[str]]:
     found, damaged = [], []
     for path in _folders(location):
         try:
-            if not is_remote(path) and Path(path).is_symlink():  # it may change, and is not ours to delete
+            if not is_remote(path) and _looked_at(path, Path(path).is_symlink):  # it may change, and is not ours
                 raise Damaged(f"{_shown(path)} is a link, no checkpoint")
             found.append(describe(path))
         except Damaged as error:
             damaged.append(str(error))
     return found, damaged
+
+
+def refuse_all_lost(found: Sequence[Checkpoint], passed: Sequence[str], location: str | Path) -> None:
+    """UserError if checkpoints lie there and not one can be gone on from: a new term at 0 would end them for good.
+
+    `found` are those that count and were not seen to be damaged, `passed` the lines on all the others.
+    """
+    lost = [line for line in passed if not isinstance(line, StartedOver)]
+    if lost and not found:
+        more = f"; and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise UserError(f"{location} holds {len(lost)} checkpoints, and not one can be gone on from: "
+                        f"{'; '.join(lost[:3])}{more}. Put them right, or move them out of that folder to start over.")
 
 
 def _starts_of(found: list[Checkpoint]) -> dict[int, int]:
@@ -494,22 +534,28 @@ def newest_valid(found: list[Checkpoint]) -> tuple[tuple[Checkpoint, dict[str, b
 # Cleaning -----------------------------------------------------------------------------------------------------------
 
 
-def retire(location: str | Path, keep: int, now: int, pinned: Collection[str] = ()) -> list[str]:
+def retire(location: str | Path, keep: int, now: int, pinned: Collection[str] = (),
+           valid: set[str] | None = None) -> list[str]:
     """Deletes checkpoints inside stages up to images_seen `now` but the newest `keep` valid ones. -> names deleted.
 
     Never a stage's final one nor a pinned one. Later ones were passed over as damaged: they neither count nor go, and
-    neither do those that do not count. In an object store the kept ones are not read again to see that they are valid.
+    neither do those that do not count. In an object store the kept ones are not read again to see that they are valid;
+    nor are those whose paths are in `valid`, to which those that were read are added and of which the deleted go.
     """
+    valid = set() if valid is None else valid
     inside = [c for c in find(location)[0] if not c.stage_end and c.images_seen <= now and c.name not in pinned]
     kept = 0
     for number, checkpoint in enumerate(reversed(inside)):
         if kept == keep:
             doomed = inside[:len(inside) - number]
             break
-        kept += _is_valid(checkpoint)
+        if checkpoint.path not in valid and _is_valid(checkpoint):
+            valid.add(checkpoint.path)
+        kept += checkpoint.path in valid
     else:
         return []
     for checkpoint in doomed:
+        valid.discard(checkpoint.path)  # a later one may get its name
         delete(checkpoint.path)
     return [checkpoint.name for checkpoint in doomed]
 
@@ -543,7 +589,8 @@ def remove_orphans(location: str | Path) -> list[str]:
     """Deletes what a killed save or clean-up left. For the start of a run: its lock and term are the caller's."""
     if is_remote(str(location)):
         return _remove_remote_orphans(str(location))
-    folders, files = (sorted(Path(location).glob(form)) for form in (f"{PARTIAL}*", "term-*.partial"))
+    folders = sorted(Path(location).glob(f"{PARTIAL}*"))
+    files = sorted(path for path in Path(location).glob("*.partial") if path.is_file() and path not in folders)
     for path in folders:
         with suppress(FileNotFoundError):  # a fenced holder, not dead yet, may delete it too
             shutil.rmtree(path)

@@ -12,7 +12,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from gradine.stages.losses import penalty_divisor
 from gradine.stages.memory import out_of_memory_named
 from gradine.stages.networks import Discriminator, Generator, initialise
 from gradine.stages.step import Rules, TrainState, new_adam, train_step
-from gradine.stages.stopping import StopFlag, listening
+from gradine.stages.stopping import StopFlag, asked, listening
 from gradine.stages.watch import Alarms, Watch
 
 Event = dict[str, Any]
@@ -68,20 +68,23 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
     refuse_unequal_starts(accelerator, state)
     reduce = functools.partial(accelerator.reduce, reduction="sum") if workers > 1 else None
     rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution))
-    images = Images(run.data, setting.resolution, torch.get_num_threads())
-    ahead = batches(run, stage, images, state.images_seen, accelerator.process_index, workers)
-    if accelerator.device.type == "cuda":
-        ahead = ([share.pinned() for share in shares] for shares in ahead)
-    source = prefetch(ahead)
     info = {"resolution": setting.resolution, "data": data_digest(run.data, setting.resolution),
             "skipped": term.skipped, "workers": workers, "micro_batch": setting.micro_batch,
             "threads": torch.get_num_threads()}
     end, last_saved = schedule.stage_span(stage)[1], state.images_seen
     watch, alarms = Watch(setting.batch_size, state.images_seen, state.masked.tolist()), Alarms.of(run, stage)
-    stop = StopFlag(workers)
-    saver = Saver(run, location_of(run, out), term) if accelerator.is_main_process else None
-    clock.seconds["setup"] = time.perf_counter() - clock.started
-    with closing(images), closing(source), closing(stop), closing(saver or _Nothing()):  # type: ignore[type-var]
+    with ExitStack() as opened:
+        images = opened.enter_context(closing(Images(run.data, setting.resolution, torch.get_num_threads())))
+        ahead = batches(run, stage, images, state.images_seen, accelerator.process_index, workers)
+        if accelerator.device.type == "cuda":
+            ahead = ([share.pinned() for share in shares] for shares in ahead)
+        source = prefetch(ahead)
+        opened.callback(source.close)  # type: ignore[attr-defined]  # a generator has it
+        stop = opened.enter_context(closing(StopFlag(workers)))
+        saver = Saver(run, location_of(run, out), term) if accelerator.is_main_process else None
+        if saver:
+            opened.enter_context(closing(saver))
+        clock.seconds["setup"] = time.perf_counter() - clock.started
         if saver:
             yield from ({"event": "note", "resolution": setting.resolution, "text": note} for note in images.notes)
         while state.images_seen < end and not stop.agreed():
@@ -106,7 +109,7 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
                     summed = accelerator.reduce(torch.stack(list(seen.values())), reduction="sum")
                     figures = dict(zip(seen, summed.tolist(), strict=True))
                     masked = state.masked.tolist()
-                    watch.look(now, masked, figures.pop("non_finite"))
+                    watch.look(now, masked, figures.pop("non_finite") / workers)
                 if accelerator.is_main_process and figures:  # none inside a range that is skipped
                     event = {"event": "tick", "resolution": setting.resolution, "phase": moment.phase.kind,
                              "alpha": moment.alpha, "learning_rate": moment.learning_rate, "images_seen": now,
@@ -124,7 +127,8 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
             with clock.measure("save"):
                 if stopped and last_saved != state.images_seen:
                     saver.save(state, {**info, "phase": moment.phase.kind, "stage_end": False})
-                saver.wait(hurry=stopped)
+                while not saver.wait(hurry=stopped or asked(), timeout=1.0):
+                    pass  # a SIGTERM that comes now leaves no time for pauses between tries
             yield from saver.events()
     if accelerator.is_main_process:
         yield {"event": "stopped" if stopped else "stage_end", "resolution": setting.resolution,
@@ -200,11 +204,6 @@ def non_finite_count(state: TrainState) -> Tensor:
     """How many weights, moments and averages hold a NaN or infinity, left on the device."""
     tensors = [tensor for part in checkpoint.parts_of(state).values() for tensor in part.values()]
     return (~torch.stack([torch.isfinite(tensor).all() for tensor in tensors])).sum().to(torch.float32)
-
-
-class _Nothing:
-    def close(self) -> None:
-        """What ranks above 0 have in the place of a Saver."""
 
 
 class Stopwatch:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_repeats_end = True
 _asked = threading.Event()  # of this process: a request that comes between two stages is met by the next
 
 
@@ -35,7 +36,21 @@ def listening() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
+def asked() -> bool:
+    """Whether this very process was asked to stop."""
+    return _asked.is_set()
+
+
+def ignore_repeats() -> None:
+    """From now on in this process a second SIGTERM is one request with the first: several sources may send it."""
+    global _repeats_end
+    _repeats_end = False
+
+
 def _ask(signum: int, _: object) -> None:
+    if not _repeats_end:
+        _asked.set()
+        return
     signal.signal(signum, signal.SIG_DFL)  # the system's own: no Python has to run for a second one to end the process
     if _asked.is_set():
         os.kill(os.getpid(), signum)

@@ -28,6 +28,8 @@ from gradine.configs.schema import EnvironmentFault, UserError, require
 from gradine.stages.remote import BLOCK, EXTRA, SILENCE_S, SLOWEST, Objects, Passing, Web, judged
 
 Ask = Callable[[Any], Coroutine[Any, Any, Any]]
+NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK,
+                      524})  # what disks without hard links say; 524 is the kernel's own ENOTSUPP, which some let out
 logger = logging.getLogger(__name__)
 
 
@@ -44,7 +46,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 @contextmanager
 def _whole(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     """A file to fill that gets its name, on the disk, only when all is written; FileExistsError if `exclusive`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_native_id()}.partial")
     try:
         with partial.open("wb") as file:
@@ -52,7 +54,7 @@ def _whole(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         if exclusive:
-            path.hardlink_to(partial)  # unlike a rename it never replaces
+            _take_name(partial, path)
             partial.unlink()
         else:
             partial.rename(path)
@@ -62,7 +64,37 @@ def _whole(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     _sync(path.parent)
 
 
+def _take_name(partial: Path, path: Path) -> None:
+    """Gives what is written the name `path` too, which it never replaces: FileExistsError.
+
+    Where there are no hard links the name comes before the content, and a kill in between leaves a torn file.
+    """
+    try:
+        path.hardlink_to(partial)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        _write(path, partial.read_bytes())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A new file, on the disk; its name is once the folder is synced too. FileExistsError if there is one."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder and those above it so that a power cut does not take them back."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
+
+
 def _sync(path: Path) -> None:
+    """Of a file: its content is on the disk. Of a folder: the names in it are."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -151,6 +183,7 @@ class Store:
     def create(self, name: str, content: bytes) -> bool:
         """Writes a file that does not exist yet; False, and nothing has changed, if it does. Of many at once, one wins.
 
+        On a disk without hard links one that is killed meanwhile leaves a file with a part of the content, or none.
         A server that ignores If-None-Match (the JuiceFS gateway is one) is asked first whether the file exists; two
         that ask it within the same round trip both win, and the later content stays.
         """
@@ -178,7 +211,7 @@ class Store:
             self._try("uploaded", name, lambda objects: objects.put(local, name), local.stat().st_size)
             return local.unlink()
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             _sync(local)
             local.rename(path)

@@ -379,6 +379,21 @@ def test_retiring_keeps_the_newest_and_every_stages_end(tmp_path: Path) -> None:
     assert names(tmp_path) == [f"r0008-hold-{n:09d}" for n in (80, 200, 240)]
 
 
+def test_retiring_does_not_read_again_what_it_is_told_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, asked, read = [str(small(tmp_path, images)) for images in (40, 80, 120)], [], commits.read
+    monkeypatch.setattr(commits, "read", lambda path: asked.append(path) or read(path))
+    valid: set[str] = set()
+    assert commits.retire(tmp_path, 2, now=10**9, valid=valid) == ["r0008-hold-000000040"]
+    assert (asked, valid) == ([paths[2], paths[1]], set(paths[1:]))
+    assert commits.retire(tmp_path, 2, now=10**9, valid=valid) == []
+    assert len(asked) == 2
+    assert commits.retire(tmp_path, 1, now=10**9, valid=valid) == ["r0008-hold-000000080"]
+    assert valid == {paths[2]}  # another may get the name of one that is deleted
+    flip(small(tmp_path, 160) / "average.safetensors", 9)
+    assert commits.retire(tmp_path, 1, now=10**9, valid=valid) == []
+    assert valid == {paths[2]}
+
+
 def test_a_retirement_cut_short_leaves_an_orphan_and_no_half_checkpoint(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(path: Path) -> None:
@@ -408,6 +423,14 @@ def test_orphans_of_a_killed_save_are_removed_and_nothing_else(tmp_path: Path) -
     assert commits.remove_orphans(tmp_path) == [orphan.name, half.name]
     assert names(tmp_path) == [kept.name, "term-000001.json"]
     assert commits.remove_orphans(tmp_path / "nowhere") == []
+
+
+def test_half_written_files_of_a_run_folder_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("config.yaml", "config.yaml.17-18.partial", "metrics.jsonl.17-18.partial", "notes.partial.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "mine.partial").mkdir()
+    assert commits.remove_orphans(tmp_path) == ["config.yaml.17-18.partial", "metrics.jsonl.17-18.partial"]
+    assert names(tmp_path) == ["config.yaml", "mine.partial", "notes.partial.txt"]
 
 
 # ---- Growing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from gradine.configs.schema import Run, dump
+from gradine.pipeline import __main__ as command_line
 
 
 def gradine(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -87,3 +89,46 @@ def test_a_run_folder_held_by_a_live_process_is_refused_by_name(tiny_run: Callab
         lock.flush()
         assert f"in use by pid {os.getpid()} on here" in refused("train", str(config), cwd=tmp_path)
     assert sorted(p.name for p in folder.iterdir()) == ["lock"]
+
+
+def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(command_line, "app", fail)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT,
+                                    errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("path", ["/disk/a", None])
+def test_a_fault_of_a_disk_or_of_rights_is_one_line_and_exit_3(
+        number: int, path: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    raising(OSError(number, os.strerror(number), path), monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == 3
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for part in ("gradine: ", os.strerror(number), path or "", "the same command then goes on"):
+        assert part in said
+    assert "None" not in said
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_a_lack_of_rights_names_the_path_and_who_lacks_them(
+        number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    raising(OSError(number, os.strerror(number), "/disk/a"), monkeypatch)
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert "gradine: /disk/a: uid 4711 lacks the right" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "No such file", "x"), OSError("no errno"),
+                                   IsADirectoryError(errno.EISDIR, "Is a directory", "x")])
+def test_an_error_of_ours_is_not_passed_off_as_one_of_the_disk(
+        error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(error, monkeypatch)
+    with pytest.raises(type(error)) as caught:
+        command_line.main()
+    assert caught.value is error

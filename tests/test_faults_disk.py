@@ -303,6 +303,21 @@ def test_f02_a_folder_whose_maker_was_killed_before_it_was_durable_is_made_durab
     assert power_cuts(quick, recording, recording.root / "checkpoints", none_or_new) >= 200
 
 
+def test_f02_a_start_makes_durable_the_run_folder_that_another_made(
+        quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """folders of a run made by a process that was killed before it synced the one above"""
+    location, synced, sync = fresh(quick), set(), os.fsync
+    location.mkdir(parents=True)
+
+    def watched(descriptor: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    commits.begin_term(location, None)
+    assert synced >= {location, location.parent, location.parents[1]}
+
+
 def test_f02_a_term_that_has_begun_is_never_lost(quick: Path) -> None:
     """every state a power cut may leave while a start takes the run over"""
     def check(location: Path, done: set[str]) -> None:
@@ -518,6 +533,26 @@ def test_f06_three_saves_in_a_row_into_a_folder_without_permission_end_the_run(q
             assert_three_failures_end_it(saving, location, state, "Permission denied")
         finally:
             os.seteuid(user)
+
+
+def test_f06_a_save_for_which_there_is_no_memory_is_told_and_tried_again(
+        quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MemoryError in the saver's thread, once; then three times in a row"""
+    errors, commit = [MemoryError()], commits.commit
+
+    def short_of_memory(*arguments: Any) -> str:
+        if errors:
+            raise errors.pop()
+        return commit(*arguments)
+
+    monkeypatch.setattr(checkpoint, "commit", short_of_memory)
+    state = trained()
+    with saver(quick / "checkpoints", retry_s=0) as saving:
+        saving.save(state, info())
+        failed, _ = events_until(saving, "checkpoint")
+        assert (failed["event"], failed["reason"]) == ("save_failed", "no memory for a file's bytes")
+        errors += [MemoryError() for _ in range(FAILED_SAVES_IN_A_ROW)]
+        assert_three_failures_end_it(saving, quick / "checkpoints", state, "no memory for a file's bytes")
 
 
 # F07: histories

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -298,16 +299,119 @@ def become_nobody() -> None:
 
 @pytest.mark.fault
 @pytest.mark.parametrize("name", ALL_FILES)
-def test_f04_a_file_that_may_not_be_read_is_refused_by_name(name: str, originals: Path) -> None:
-    """a file of a checkpoint without the right to read it"""
+def test_f04_a_file_that_may_not_be_read_stops_the_reader_and_never_passes_for_damaged(
+        name: str, originals: Path) -> None:
+    """a file of a checkpoint without the right to read it: with the right it is whole, so nothing may go behind it"""
     with nobody(originals) as folder:
-        older, newer = ends(folder)
+        _, newer = ends(folder)
         (newer / name).chmod(0)
         become_nobody()
-        with pytest.raises(Damaged, match="cannot be read: Permission denied") as caught:
-            commits.read(newer)
-        assert one_line(caught.value).startswith(f"{newer}/{name} ")
-        assert newest(folder)[0] == older
+        for look in (lambda: commits.read(newer), lambda: newest(folder), lambda: commits.retire(folder, 1, 10**9)):
+            with pytest.raises(EnvironmentFault, match="cannot be read: Permission denied.* nothing was") as caught:
+                look()
+            assert one_line(caught.value).startswith(f"{newer}/{name} ")
+        assert len(ends(folder)) == 2
+
+
+@pytest.mark.fault
+def test_f04_a_user_who_may_read_no_file_begins_no_term_and_ends_no_checkpoint(originals: Path) -> None:
+    """another user's run, all files 0600; then only the term files; then folders that may not be searched"""
+    with nobody(originals) as folder:
+        user, before = os.geteuid(), counting(folder)
+        term_file, folders = folder / "term-000001.json", [path for path in folder.iterdir() if path.is_dir()]
+        for closed, mode in ((folder.rglob("*.*"), 0o600), ([term_file], 0o600), (folders, 0o644), ([folder], 0o644)):
+            there = {path: path.stat().st_mode for path in closed if path.is_file() or mode == 0o644}
+            for path in there:
+                path.chmod(mode)
+            become_nobody()
+            for look in (commits.find, commits.newest_term, lambda place: commits.begin_term(place, None)):
+                with pytest.raises(EnvironmentFault, match="cannot be read: Permission denied"):
+                    look(folder)
+            os.seteuid(user)
+            for path, was in there.items():
+                path.chmod(was)
+        assert counting(folder) == before
+        assert [path.name for path in folder.glob("term-*")] == ["term-000001.json"]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("error", "times", "outcome"), [
+    (errno.EIO, 1, None), (errno.EIO, 2, Damaged), (errno.ESTALE, 1, None), (errno.ESTALE, 2, EnvironmentFault),
+    *[(number, 1, EnvironmentFault) for number in (errno.EPERM, errno.ETIMEDOUT, errno.EMFILE, errno.ENOMEM)],
+    *[(number, 1, Damaged) for number in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR)]])
+@pytest.mark.parametrize("name", ["average.safetensors", "term-000001.json"])
+def test_f06_only_an_error_of_the_file_itself_makes_it_damaged_and_a_passing_one_is_read_over(
+        name: str, error: int, times: int, outcome: type[Exception] | None, folder: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """one file's bytes answered by each error, once or twice in a row"""
+    _, newer = ends(folder)
+    errors, read_bytes, whole = [error] * times, Path.read_bytes, commits.read(newer)
+
+    def failing(path: Path) -> bytes:
+        if path.name == name and errors:
+            raise OSError(number := errors.pop(), os.strerror(number))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    if name.startswith("term") and outcome in (None, Damaged):
+        assert (commits.read_term(folder, 1) is None) == (outcome is Damaged)
+    elif outcome:
+        with pytest.raises(outcome) as caught:
+            commits.read_term(folder, 1) if name.startswith("term") else commits.read(newer)
+        assert f"/{name} " in one_line(caught.value)
+    else:
+        assert commits.read(newer) == whole
+    assert errors == []
+
+
+@pytest.mark.fault
+def test_f08_a_later_term_whose_file_may_not_be_read_fences_all_the_same(originals: Path) -> None:
+    """the file of another user's later term without the right to read it"""
+    with nobody(originals) as folder:
+        commits.begin_term(folder, None)
+        (folder / "term-000002.json").chmod(0)
+        become_nobody()
+        with pytest.raises(commits.Fenced, match="term 2 .its file cannot be read. has gone on"):
+            commits.refuse_if_fenced(folder, Term(1))
+
+
+@pytest.mark.fault
+def test_f09_a_run_whose_checkpoints_are_all_lost_is_not_begun_anew_unsaid(tmp_path: Path) -> None:
+    """every checkpoint damaged; none there; all of them ended by a start from nothing; one left that is whole"""
+    commits.refuse_all_lost([], [], tmp_path)
+    first = commits.begin_term(tmp_path, None)
+    paths = [put(tmp_path, images, first) for images in (100, 200, 300, 400, 500)]
+    for path in paths[1:]:
+        (path / "state.json").write_bytes(b"{")
+    commits.refuse_all_lost(*commits.find(tmp_path), tmp_path)
+    (paths[0] / "MANIFEST.json").unlink()
+    with pytest.raises(UserError, match="holds 5 checkpoints, .*; and 2 more. .* move them out of that") as caught:
+        commits.refuse_all_lost(*commits.find(tmp_path), tmp_path)
+    assert [path.name in one_line(caught.value) for path in paths] == [True] * 3 + [False] * 2
+    other = tmp_path / "other"
+    whole = put(other, 100, commits.begin_term(other, None))
+    commits.begin_term(other, None)
+    found, passed = commits.find(other)
+    assert (found, [whole.name in line for line in passed]) == ([], [True])
+    commits.refuse_all_lost(found, passed, other)  # it was begun anew before
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("spoiled", [b"{", None])
+def test_f09_what_a_term_skips_outlives_its_file_once_it_has_committed(spoiled: bytes | None, tmp_path: Path) -> None:
+    """the file of the newest term damaged or lost, before and after the term's first checkpoint"""
+    put(tmp_path, 100, commits.begin_term(tmp_path, None))
+    second = commits.begin_term(tmp_path, at(tmp_path, 100, 1), ((120, 140),))
+    assert commits.newest_term(tmp_path) == second
+    file = tmp_path / "term-000002.json"
+    file.unlink() if spoiled is None else file.write_bytes(spoiled)
+    before = commits.newest_term(tmp_path)
+    assert before
+    assert (before.number, before.skipped) == (1, ())  # nothing else tells of it yet
+    put(tmp_path, 200, second, skipped=[[120, 140]])
+    known = commits.newest_term(tmp_path)
+    assert known
+    assert (known.number, known.starts, known.skipped) == (2, {1: 0, 2: 100}, ((120, 140),))
 
 
 @pytest.mark.fault
@@ -330,10 +434,11 @@ def test_f04_a_folder_that_cannot_be_listed_never_passes_for_an_empty_one(origin
 # ---- F09: clocks, times, links; which of several counts
 
 
-def put(folder: Path, images: int, term: Term | None = None, stage_end: bool = False, resolution: int = 8) -> Path:
+def put(folder: Path, images: int, term: Term | None = None, stage_end: bool = False, resolution: int = 8,
+        skipped: list[list[int]] | None = None) -> Path:
     """A checkpoint of a few bytes."""
     info = {"schema": 2, "resolution": resolution, "phase": "hold", "images_seen": images, "stage_end": stage_end,
-            "masked": [0, 0], "skipped": [], "data": f"{term.number if term else 0}"}
+            "masked": [0, 0], "skipped": skipped or [], "data": f"{term.number if term else 0}"}
     files = [(name, b"") for name in FILES[:4]] + [("state.json", json.dumps(info).encode())]
     return Path(commits.commit(folder, f"r{resolution:04d}-hold-{images:09d}", files, term))
 
@@ -750,7 +855,8 @@ def test_f10_json_that_is_none_is_refused_wherever_it_stands(text: bytes, folder
     assert everything_with(newer, *states) == Counter(["describe Damaged", "find done", "plan done", "read Damaged"])
     (folder / "term-000001.json").write_bytes(text)
     assert commits.read_term(folder, 1) is None
-    assert commits.newest_term(folder) is None
+    known = commits.newest_term(folder)
+    assert known == Term(1, {1: 0})  # as the whole older checkpoint tells it
 
 
 @pytest.mark.fault

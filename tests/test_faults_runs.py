@@ -32,6 +32,7 @@ from gradine.configs.schema import Run, dump, load
 from gradine.pipeline import __main__ as command_line
 from gradine.pipeline import driver, evaluations, lock
 from gradine.pipeline.run_dir import RunDir
+from gradine.pipeline.signals import ONE_REQUEST_S
 from gradine.stages import checkpoint, commits
 from tests.injected import Injected, meanwhile, wait_until
 from tests.object_store import BUCKET, aws, free_port, moto, tool  # noqa: F401 (a fixture)
@@ -297,6 +298,7 @@ def test_f15_a_second_sigterm_ends_the_driver_and_its_ray_at_once(
         for line in process.popen.stdout:
             if "once more ends at once" in line:
                 break
+        time.sleep(2 * ONE_REQUEST_S)
         process.popen.send_signal(signal.SIGTERM)
         assert process.ended() == -signal.SIGTERM
     refuse_survivors(family)

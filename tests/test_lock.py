@@ -30,6 +30,10 @@ from pathlib import Path
 from gradine.configs.schema import UserError
 from gradine.pipeline import lock
 place, disk, lease_s, take_over = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4:] == ["--take-over"]
+here = lock.process()
+for name in ("host", "boot", "pid_namespace"):
+    if sys.argv[4:] == ["--another-" + name]:
+        lock.process = lambda name=name: {**here, name: "another"}
 try:
     with (lock.lease(place, take_over, lease_s, lease_s / 8) if disk == "lease" else
           lock.held(Path(place), take_over, disk, lease_s, lease_s / 8)) as held:
@@ -102,7 +106,7 @@ def refusal(place: object, disk: str, lease_s: float = 60.0, take_over: bool = F
 @pytest.mark.parametrize("disk", ["local", "shared", "unknown", "lease"])
 def test_f08_a_second_process_is_refused_within_seconds_naming_pid_host_and_start_and_the_way_out(
         tmp_path: Path, disk: str) -> None:
-    """A second process on one run folder: flock, lease, both, and a lease on a place of checkpoints."""
+    """A second process on one run folder: flock, lease, both; and on a folder of checkpoints."""
     with processes((tmp_path, disk)) as (first,):
         assert first.said() == "held"
         began = time.monotonic()
@@ -111,7 +115,7 @@ def test_f08_a_second_process_is_refused_within_seconds_naming_pid_host_and_star
         for part in (f"in use by pid {first.pid} on {socket.gethostname()} since {time.strftime('%Y-%m-')}",
                      "Wait for it, stop it", "another name="):
             assert part in said
-        assert ("--take-over" in said) == (disk in ("shared", "lease"))
+        assert ("--take-over" in said) == (disk == "shared")
         with processes((tmp_path, disk)) as (second,):
             assert f"pid {first.pid} on" in second.said()
             assert second.of.wait(30) == 2
@@ -150,10 +154,42 @@ def test_f08_a_killed_holders_flock_is_free_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault
+def test_f08_a_killed_holders_local_place_of_checkpoints_is_free_at_once(tmp_path: Path) -> None:
+    """SIGKILL to the holder of a checkpoints.location on a local disk, seen from another pid namespace."""
+    with processes((tmp_path, "lease", 60.0, "--another-pid_namespace")) as (first,):
+        assert first.said() == "held"
+        first.kill()
+    with lock.lease(str(tmp_path), disk="local") as held:
+        assert held.lost is None
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("disk", ["shared", "unknown"])
+def test_f08_a_killed_holders_lease_is_free_at_once_on_its_own_machine(tmp_path: Path, disk: str) -> None:
+    """SIGKILL to the holder of a lease of 60 s, then the same command on the same machine."""
+    with processes((tmp_path, disk)) as (first,):
+        assert first.said() == "held"
+        first.kill()
+    with processes((tmp_path, disk)) as (second,):
+        assert second.said() == "held"
+        assert second.lost() == "None"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["host", "boot", "pid_namespace"])
+def test_f08_a_holder_whose_pid_means_nothing_here_is_not_taken_for_dead(tmp_path: Path, name: str) -> None:
+    """SIGKILL to the holder of a lease that said it runs on another machine, boot or in another container."""
+    with processes((tmp_path, "shared", 60.0, f"--another-{name}")) as (first,):
+        assert first.said() == "held"
+        first.kill()
+    assert f"in use by pid {first.pid} on " in refusal(tmp_path, "shared")
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize("disk", ["shared", "unknown"])
 def test_f08_a_killed_holders_lease_is_free_when_it_has_expired_and_not_before(tmp_path: Path, disk: str) -> None:
-    """SIGKILL to the holder of a lease, whose 60 s are made 2."""
-    with processes((tmp_path, disk, 2.0)) as (first,):
+    """SIGKILL to the holder of a lease on another machine, whose 60 s are made 2."""
+    with processes((tmp_path, disk, 2.0, "--another-host")) as (first,):
         assert first.said() == "held"
         limit, taken = time.monotonic() + 60, (tmp_path / "lease" / "000001").stat().st_mtime
         while (tmp_path / "lease" / "000001").stat().st_mtime < taken + 0.4:  # it is renewed every quarter of a second
@@ -229,6 +265,44 @@ def test_f08_of_eight_processes_that_take_an_expired_lease_at_once_one_wins(
 
 
 # ---- The lease, without waiting
+
+
+def lease_of(tmp_path: Path, process: object) -> None:
+    """A lease renewed just now."""
+    (tmp_path / "lease").mkdir()
+    (tmp_path / "lease" / "000001").write_text(json.dumps({"holder": "pid 5 on there", "process": process}))
+
+
+def test_a_pid_that_is_another_processs_now_does_not_keep_a_lease(tmp_path: Path) -> None:
+    """Such as 1, in a container started anew."""
+    lease_of(tmp_path, {**lock.process(), "started": 0})
+    with lock.held(tmp_path, disk="shared"):
+        pass
+
+
+@pytest.mark.parametrize("process", [{}, None, "?", {"pid": 1}, {**lock.process(), "pid": "1"},
+                                     {**lock.process(), "pid": 1 << 80}, lock.process()])
+def test_a_lease_that_does_not_tell_a_dead_process_is_live(tmp_path: Path, process: object) -> None:
+    lease_of(tmp_path, process)
+    assert "in use by pid 5 on there" in refusal(tmp_path, "shared")
+
+
+@pytest.mark.parametrize("disk", ["local", "shared", "unknown"])
+def test_a_run_folder_may_be_the_place_of_its_checkpoints_too(tmp_path: Path, disk: str) -> None:
+    with lock.held(tmp_path, disk=disk) as folder, lock.lease(str(tmp_path), disk=disk) as place:
+        assert (folder.lost, place.lost) == (None, None)
+
+
+def test_folders_made_for_a_lock_outlive_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = set(), os.fsync
+
+    def note(file: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{file}").readlink())
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with lock.held(tmp_path / "runs" / "x", disk="shared"):
+        assert {tmp_path, tmp_path / "runs", tmp_path / "runs" / "x"} <= synced
 
 
 def test_a_lease_written_in_the_future_is_live(tmp_path: Path) -> None:
@@ -405,10 +479,15 @@ def test_this_machines_own_mounts_are_understood(tmp_path: Path) -> None:
 @pytest.mark.fault
 def test_f08_a_lease_in_an_object_store_refuses_expires_and_is_taken_over(
         moto: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A moto server: a second process refused; the first killed, its lease expired; one stopped and taken over."""
+    """A moto server: a second process refused; the first killed, its lease freed or expired; one taken over."""
     aws(monkeypatch, moto)
     place = f"s3://{BUCKET}/{tmp_path.name}/run"
-    with processes((place, "lease", 4.0)) as (first,):
+    with processes((place, "lease")) as (first,):
+        assert first.said() == "held"
+        first.kill()
+        with lock.lease(place):  # it is of this machine
+            pass
+    with processes((place, "lease", 4.0, "--another-host")) as (first,):
         assert first.said() == "held"
         said = refusal(place, "lease")
         assert f"{place} (checkpoints.location) is in use by pid {first.pid} on {socket.gethostname()} since " in said

@@ -309,7 +309,8 @@ def test_f05_a_disk_that_fails_now_and_then_costs_no_line_and_tears_none(
 
 
 @pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
-def test_a_disk_that_no_time_mends_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+def test_a_disk_that_cannot_be_written_from_the_start_ends_the_run(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     folder, told = on(tmp_path)
     with monkeypatch.context() as broken:
         broken.setattr(os, "write", failing(error))
@@ -317,6 +318,48 @@ def test_a_disk_that_no_time_mends_ends_the_run(tmp_path: Path, monkeypatch: pyt
             folder.record("tick", images_seen=1)
     folder.record("tick", images_seen=2)
     assert (on_disk(folder), told) == ([2], [])
+
+
+@pytest.mark.fault
+def test_f06_ledger_and_metrics_wait_for_a_disk_that_turned_read_only(disk: SmallDisk) -> None:
+    """A tmpfs remounted read-only after the first line of a run, and writable again before its end or not."""
+    folder, told = on(disk.path)
+    folder.record("tick", images_seen=0)
+    for again in (True, False):
+        told.clear()
+        subprocess.run(["mount", "-o", "remount,ro", disk.path], check=True)
+        for number in (1, 2):
+            folder.record("tick", images_seen=number)
+            folder.append("metrics.jsonl", {"images_seen": number})
+        assert len(told) == 2  # each file once
+        assert told[0].startswith(f"{disk.path}/ledger.jsonl cannot be written: Read-only file system. ")
+        assert f"give uid {os.geteuid()} the right to write there" in told[0]
+        assert seen(folder)[-2:] == [1, 2]
+        if again:
+            subprocess.run(["mount", "-o", "remount,rw", disk.path], check=True)
+        else:
+            with pytest.raises(EnvironmentFault, match=r"2 lines of .*/ledger\.jsonl are lost: Read-only file system"):
+                folder.close()
+            subprocess.run(["mount", "-o", "remount,rw", disk.path], check=True)
+        folder.close()
+    assert on_disk(folder) == [0, 1, 2, 1, 2]
+    assert on_disk(folder, "metrics.jsonl") == [1, 2, 1, 2]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
+def test_f06_a_right_to_write_that_is_taken_away_holds_the_ledger_up(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """EROFS and EACCES from the writes of a ledger that has lines."""
+    folder, told = on(tmp_path)
+    folder.record("tick", images_seen=0)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "write", failing(error))
+        for number in (1, 2):
+            folder.record("tick", images_seen=number)
+    folder.record("tick", images_seen=3)
+    assert on_disk(folder) == [0, 1, 2, 3]
+    assert told[1:] == [f"{tmp_path}/ledger.jsonl is written again, no line is lost"]
 
 
 def test_a_folder_that_is_gone_ends_the_run(tmp_path: Path) -> None:
@@ -350,7 +393,6 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
     board.metric({"metric": "ms_ssim", "value": None, "images_seen": 8})
     assert drawn(tmp_path / "session-1") == [
         ("train/loss_d", 8, 2.0), ("train/alpha", 8, 0.5), ("metrics/swd", 8, 12.5)]
-    board.close()
 
 
 @pytest.mark.fault
@@ -369,7 +411,6 @@ def test_f05_curves_miss_only_what_a_full_disk_did_not_take(disk: SmallDisk) -> 
         board.tick(tick(number))
     disk.free()
     board.tick(tick(300))
-    board.close()
     steps = [step for _, step, _ in drawn(disk.path / "curves")]
     assert steps == sorted(set(steps))
     assert set(range(100, 120)) | {300} <= set(steps)

@@ -113,13 +113,23 @@ def test_what_urls_keep_secret_is_struck_out_and_nothing_else(text: str, shown: 
 @pytest.mark.parametrize(("name", "secret"), [
     ("HF_TOKEN", True), ("WANDB_API_KEY", True), ("AWS_SECRET_ACCESS_KEY", True), ("RAY_AUTH_TOKEN", True),
     ("openai_apikey", True), ("DB_PASSWORD", True), ("AWS_WEB_IDENTITY_TOKEN_FILE", False),
-    ("GOOGLE_APPLICATION_CREDENTIALS", False), ("HOSTNAME", False), ("KEYBOARD", False)])
+    ("GOOGLE_APPLICATION_CREDENTIALS", False), ("HOSTNAME", False), ("KEYBOARD", False), ("SMTP_PASS", True),
+    ("AZURE_CREDENTIALS", True), ("PROXY_AUTH", True), ("BYPASS", False), ("GIT_ASKPASS", False), ("OAUTH", False)])
 def test_values_of_secret_variables_are_struck_out_wherever_they_stand(
         monkeypatch: pytest.MonkeyPatch, name: str, secret: bool) -> None:
     monkeypatch.setenv(name, CANARY)
     assert redacted(f"a{CANARY}b") == ("a***b" if secret else f"a{CANARY}b")
     monkeypatch.setenv(name, "false")
     assert redacted("a false alarm") == "a false alarm"
+
+
+@pytest.mark.parametrize(("value", "secret"), [
+    ("postgres", False), ("passphrase", False), ("kubernetesx", False), ("correcthorse", True), ("postgres1", True),
+    ("Postgres", True), ("a1b2c3d", False), ("a1b2c3d4", True), ("a b\nc\nd1", True), ("a\nb", False), ("", False)])
+def test_a_plain_word_as_a_password_does_not_strike_out_the_names_of_folders(
+        monkeypatch: pytest.MonkeyPatch, value: str, secret: bool) -> None:
+    monkeypatch.setenv("POSTGRES_PASSWORD", value)
+    assert redacted(f"/home/{value}/runs") == ("/home/***/runs" if secret else f"/home/{value}/runs")
 
 
 safe = st.text("abcdefghijklmnopqrstuvwxyz0123456789-._~", min_size=1, max_size=12)

@@ -217,6 +217,56 @@ def test_of_threads_that_create_one_file_at_once_exactly_one_wins(
 # ---- Local only
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, 524])
+def test_f08_a_file_is_created_once_on_a_disk_without_hard_links(
+        error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """a disk that refuses hard links (FAT, some FUSE and CIFS mounts), in each way there is to say so"""
+    def no_links(self: Path, target: Path) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    store = Store(str(tmp_path))
+    assert store.create("term", b"first")
+    assert not store.create("term", b"second")
+    assert store.read("term") == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["term"]
+
+
+def test_another_error_of_a_link_is_not_taken_for_a_disk_without_them(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Path, target: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "hardlink_to", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        Store(str(tmp_path)).create("term", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("how", ["write", "put", "create"])
+def test_f02_folders_made_for_a_file_are_on_the_disk_before_it(
+        how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """a file three folders below the last that is there: the folder above each new one is synced once it is in it"""
+    synced: list[Path] = []
+    sync, local = os.fsync, tmp_path / "local"
+    local.write_bytes(b"x")
+
+    def watched(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    store = Store(str(tmp_path / "a"))
+    if how == "put":
+        store.put(local, "b/c/file")
+    else:
+        getattr(store, how)("b/c/file", b"x")
+    assert synced[:3] == [tmp_path, tmp_path / "a", tmp_path / "a/b"]
+    assert synced[-1] == tmp_path / "a/b/c"
+
+
 def test_unfinished_files_are_not_listed(tmp_path: Path) -> None:
     for name in ("a", "b.123-4.partial", ".partial-x/1.tar", "c/d"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
