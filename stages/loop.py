@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import os
 import resource
 import time
@@ -109,7 +110,7 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
                     summed = accelerator.reduce(torch.stack(list(seen.values())), reduction="sum")
                     figures = dict(zip(seen, summed.tolist(), strict=True))
                     masked = state.masked.tolist()
-                    watch.look(now, masked, figures.pop("non_finite") / workers)
+                    watch.look(now, masked, math.ceil(figures.pop("non_finite") / workers))
                 if accelerator.is_main_process and figures:  # none inside a range that is skipped
                     event = {"event": "tick", "resolution": setting.resolution, "phase": moment.phase.kind,
                              "alpha": moment.alpha, "learning_rate": moment.learning_rate, "images_seen": now,

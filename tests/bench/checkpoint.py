@@ -28,7 +28,7 @@ from gradine.stages.loop import initial_state
 from gradine.stages.step import Rules, Share, TrainState, train_step
 
 FLOATS = {"generator": 23_100_000, "discriminator": 23_100_000, "average": 23_100_000, "optimizers": 92_400_000}
-BATCH, STEPS, REPEATS = 4, 3, 4
+BATCH, STEPS, REPEATS = 4, 1, 4
 
 
 def verified_read(folder: Path) -> tuple[float, float]:
