@@ -16,7 +16,7 @@ test: .venv/ready  ## under 12 minutes on two cores
 	$(RUN) pytest -q -m "not slow and not fault"
 
 test-all: .venv/ready system-tools  ## the slow and the fault tests
-	$(RUN) pytest -q -m "slow or fault" -p tests.fault_table
+	$(RUN) pytest -q -m "slow or fault or row" -p tests.fault_table
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -127,6 +127,7 @@ def test_f30_a_mode_of_image_becomes_rgb_as_computed_by_hand(content: bytes, exp
     close(shown(content), expected)
 
 
+@pytest.mark.row
 def test_f30_a_ycck_jpeg_is_read_by_adobes_formula() -> None:
     # Stored: Y, Cb, Cr of the inks and inverted black. Y 100, Cb 128, Cr 178: the inks are
     # C = 100 + 1.402 * 50 = 170.1, M = 100 - 0.7141 * 50 = 64.3, Y = 100; black is 255 - 204 = 51
@@ -187,6 +188,7 @@ def test_f30_an_image_of_one_pixel_across_is_opened_whole(width: int, height: in
     assert [s.shape for s in squares(Picture(pixels), "a", settings(small="upscale"), 8)] == [(8, 8, 3)]
 
 
+@pytest.mark.row
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_f30_exif_turns_the_image_upright(kind: str, orientation: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,19 @@ def test_the_demo_set_is_the_only_file_over_200_kb_in_the_repository() -> None:
 
 def test_the_page_of_faults_is_what_the_tests_give() -> None:
     assert fault_table.PAGE.read_text() == fault_table.page(), "write it anew: python -m tests.fault_table"
+
+
+def test_every_row_of_faults_has_a_test_that_make_test_all_runs() -> None:
+    selected = set()
+    for file in (ROOT / "tests").glob("test_*.py"):
+        tree = ast.parse(file.read_text())
+        whole = any("mark.fault" in ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and (match := fault_table.NAME.fullmatch(node.name)) and (
+                    whole or any(re.search(r"mark\.(fault|slow|row)\b", ast.unparse(mark))
+                                 for mark in node.decorator_list)):
+                selected.add(match[1].upper())
+    assert set(fault_table.ROWS) == selected
 
 
 def test_every_fault_test_belongs_to_a_row_and_a_row_without_a_passing_one_is_told() -> None:
