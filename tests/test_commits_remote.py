@@ -85,7 +85,7 @@ def test_f01_a_store_that_is_cut_off_during_a_commit_leaves_nothing_that_counts_
     """every connection to the object store reset from the n-th write of a commit on, the manifest's the last"""
     term = commits.begin_term(location, None)
     put(location, 100, term)
-    monkeypatch.setattr("gradine.stages.commits.Store", lambda location: Store(location, deadline_s=5.0))
+    monkeypatch.setattr("gradine.stages.commits.Store", lambda location: Store(location, deadline_s=2.0))
     fault = Fault("reset", hits=lambda number: number >= cut_at, only=lambda method, path: method == "PUT")
     with proxy(moto, fault) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
