@@ -184,8 +184,7 @@ def supersede(folder: RunDir, plan: planning.Plan) -> Path:
 
     Checkpoints outside the run folder stay where they are: they are of a term that this one goes back behind.
     """
-    number = next(n for n in range(1, 10**6) if not (folder.superseded / str(n)).exists())
-    aside = folder.superseded / str(number)
+    aside = folder.numbered("superseded")
     (aside / "checkpoints").mkdir(parents=True)
     (aside / "samples").mkdir()
     shutil.copy2(folder.config, aside / "config.yaml")

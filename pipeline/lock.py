@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gradine.configs.schema import EnvironmentFault, UserError
+from gradine.stages.commits import myself
 from gradine.stages.store import Store, is_remote, make_folder, write_atomic
 
 LEASE_S, RENEW_S = 60.0, 15.0
@@ -100,10 +101,6 @@ def disk_kind(path: Path, mounts: str | None = None) -> str:
             found = len(Path(point).parts), kind
     kind = found[1]
     return "local" if kind in LOCAL else "shared" if kind in SHARED or kind.startswith("fuse.") else "unknown"
-
-
-def myself() -> str:
-    return f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
 
 
 def process() -> dict[str, Any]:

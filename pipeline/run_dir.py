@@ -40,7 +40,6 @@ class RunDir:
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
-        self.superseded = self.path / "superseded"
         self.initial = self.path / "initial"
         self.report = self.path / "report.html"
         self.tell: Callable[[str], None] = warn  # how a person hears of a disk that fails, and that it works again
@@ -53,6 +52,10 @@ class RunDir:
         if not folder.config.is_file():
             raise UserError(f"{path} is no run folder: it has no config.yaml. Give one such as runs/NAME.")
         return folder
+
+    def numbered(self, name: str) -> Path:
+        """The first of the folders <name>/1, <name>/2, ... that is not there yet."""
+        return next(path for n in range(1, 10**6) if not (path := self.path / name / str(n)).exists())
 
     @contextmanager
     def locked(self, take_over: bool = False) -> Iterator[lock.Held]:

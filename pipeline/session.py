@@ -163,11 +163,12 @@ class Session:
         """Deletes older checkpoints up to images_seen `now`: never one that is best or pinned, or may become best."""
         self.refuse_if_lost()
         try:
-            counting = {one.name for one in commits.find(self.location)[0]}
+            found = commits.find(self.location)[0]
+            counting = {one.name for one in found}
             rows = [row for row in self.folder.lines("metrics.jsonl") if row["checkpoint"] in counting]
             best = best_checkpoints(rows, self.run.checkpoints.best)
             pinned = {*self.run.checkpoints.pin, *best, *self.evaluations.pending()}
-            if retired := commits.retire(self.location, self.run.checkpoints.keep, now, pinned, self.valid):
+            if retired := commits.retire(self.location, self.run.checkpoints.keep, now, pinned, self.valid, found):
                 self.folder.record("retired", checkpoints=retired)
         except (OSError, EnvironmentFault) as error:
             self.shown.say(f"old checkpoints could not be deleted: {error}; training goes on", "yellow")
@@ -234,8 +235,7 @@ class Session:
 
     def keep_evidence(self) -> Path:
         """crashes/<n>/: the settings, each failure with its stack, and the images that came next."""
-        number = next(n for n in range(1, 10**6) if not (self.folder.path / "crashes" / str(n)).exists())
-        folder = self.folder.path / "crashes" / str(number)
+        folder = self.folder.numbered("crashes")
         folder.mkdir(parents=True)
         shutil.copy2(self.folder.config, folder / "config.yaml")
         for count, text in enumerate(self.errors, 1):

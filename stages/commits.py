@@ -179,6 +179,11 @@ class Fenced(EnvironmentFault):
     """Another holder has gone on with the run: what this process still does must not count."""
 
 
+def myself() -> str:
+    """This process, as terms and locks name their holder."""
+    return f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
+
+
 def begin_term(location: str | Path, start: Checkpoint | None, skipped: Ranges = ()) -> Term:
     """The right to commit what follows `start`, taken from every earlier holder."""
     if not is_remote(str(location)):
@@ -187,11 +192,10 @@ def begin_term(location: str | Path, start: Checkpoint | None, skipped: Ranges =
             with suppress(PermissionError):  # a folder of others, which may be passed through and not read
                 _sync_folder(above)
     store, images_seen = Store(str(location)), start.images_seen if start else 0
-    holder = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
     while True:
         known = _starts_of(_described(location)[0]) | terms(location)  # a term file may be gone, its manifests not
         number = max([*_term_numbers(location), *known], default=0) + 1
-        term = Term(number, {**known, number: images_seen}, start.name if start else None, skipped, holder)
+        term = Term(number, {**known, number: images_seen}, start.name if start else None, skipped, myself())
         body = {"schema": SCHEMA, **vars(term), "starts": {str(n): seen for n, seen in term.starts.items()}}
         if store.create(f"term-{number:06d}.json", sealed(body)):
             return term
@@ -535,15 +539,17 @@ def newest_valid(found: list[Checkpoint]) -> tuple[tuple[Checkpoint, dict[str, b
 
 
 def retire(location: str | Path, keep: int, now: int, pinned: Collection[str] = (),
-           valid: set[str] | None = None) -> list[str]:
+           valid: set[str] | None = None, found: list[Checkpoint] | None = None) -> list[str]:
     """Deletes checkpoints inside stages up to images_seen `now` but the newest `keep` valid ones. -> names deleted.
 
     Never a stage's final one nor a pinned one. Later ones were passed over as damaged: they neither count nor go, and
     neither do those that do not count. In an object store the kept ones are not read again to see that they are valid;
     nor are those whose paths are in `valid`, to which those that were read are added and of which the deleted go.
+    found: what `find` says now, if the caller has just asked it.
     """
     valid = set() if valid is None else valid
-    inside = [c for c in find(location)[0] if not c.stage_end and c.images_seen <= now and c.name not in pinned]
+    found = find(location)[0] if found is None else found
+    inside = [c for c in found if not c.stage_end and c.images_seen <= now and c.name not in pinned]
     kept = 0
     for number, checkpoint in enumerate(reversed(inside)):
         if kept == keep:
