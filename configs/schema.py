@@ -125,6 +125,7 @@ class Data:
     max_rejected_share: float = 0.01  # above it, sharding stops instead of training on a torn set
     max_pixels: int = 100_000_000  # a header that claims more is refused before decoding
     sampling: str = "raw"  # `balanced`: every class equally often
+    prefetch: int = 2  # batches made ahead of their step
     cache_gb: float = 2.0  # a level whose decoded pixels fit is mapped from a cache file on each node
     cache_dir: str = "~/.cache/gradine"
     download_gb: float = 50.0  # disk per node for shards of a remote location, downloaded ahead of their use
@@ -142,7 +143,7 @@ class Data:
         refuse_login("data.source", self.source)
         refuse_login("data.shards", self.shards)
         refuse_query("data.shards", self.shards)
-        for name in ("shard_images", "max_pixels", "deadline_s"):
+        for name in ("shard_images", "max_pixels", "deadline_s", "prefetch"):
             require(getattr(self, name) > 0, f"data.{name}={getattr(self, name)} must be positive.")
         for name in ("cache_gb", "download_gb"):
             require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)} must not be negative.")
@@ -215,6 +216,8 @@ class Stage:
     batch_size: int = 16  # summed over workers
     learning_rate: float = 0.001  # both networks
     workers: int = 1  # Accelerate processes; at most one per minibatch-stddev group
+    min_workers: int = 0  # starts with as few where no more can be placed, and takes nodes that come; 0: all or none
+    placement: str = "PACK"  # on few nodes; `SPREAD`: many; `STRICT_SPREAD`: one worker a node; `STRICT_PACK`: one node
     micro_batch: int = 0  # images per forward pass; 0: a worker's whole share at once
     threads: int = 0  # CPU threads per worker; 0: `cpus` if above 1, else the cores divided by the workers
     cpus: float = 1.0  # logical CPUs a worker asks of Ray
@@ -233,6 +236,9 @@ class Stage:
         require(self.cpus >= 0 and self.gpus >= 0, f"{where}: cpus={self.cpus}, gpus={self.gpus} must not be negative.")
         require(self.gpus in (0, 1) or (self.workers == 1 and 0 < self.gpus < 1),
                 f"{where}: gpus={self.gpus}: a worker uses one GPU. Use 1 or 0 (or a share, if it is the only one).")
+        require(0 <= self.min_workers <= self.workers, f"{where}: min_workers={self.min_workers} is not between 0 and "
+                                                       f"workers={self.workers}.")
+        one_of(f"{where}: placement", self.placement, ["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +287,13 @@ class Cluster:
     address: str = ""  # "": RAY_ADDRESS if set, else a Ray of our own on this machine; `auto` joins the node's cluster
     group_timeout_s: float = 300.0  # to wait for a stage's workers to be placed
     grace_s: float = 25.0  # after SIGTERM or Ctrl-C, to end the step and write a checkpoint
+    step_timeout_s: float = 600.0  # a worker that gets no further for so long hangs: its group is started again
+    setup_timeout_s: float = 3600.0  # the same before its first step: decoding a level into the cache takes long
+    trust_network: bool = False  # True: also work with a Ray that asks for no token beyond this machine
+
+    def __post_init__(self) -> None:
+        for name in ("group_timeout_s", "grace_s", "step_timeout_s", "setup_timeout_s"):
+            require(getattr(self, name) > 0, f"ray.{name}={getattr(self, name)} must be positive.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ SAFE = ("resume", "preset", "branch", "tick_images", "runs", "evaluation.", "ray
         "checkpoints.every_images", "checkpoints.keep", "checkpoints.best", "checkpoints.pin", "checkpoints.background",
         "checkpoints.retry_s",
         "data.source", "data.shards", "data.cache_gb", "data.cache_dir", "data.max_rejected_share",
-        "data.download_gb", "data.deadline_s")
-SAFE_OF_A_STAGE = ("workers", "micro_batch", "threads", "cpus", "gpus")  # the order of sums, not what is summed
+        "data.download_gb", "data.deadline_s", "data.prefetch")
+# the order of sums, not what is summed
+SAFE_OF_A_STAGE = ("workers", "min_workers", "placement", "micro_batch", "threads", "cpus", "gpus")
 MACS_PER_IMAGE_AND_STEP = 18  # of one forward: G 1 + 3, D 3 + 1 + 4 + 4 + 2 (penalty's second backward included)
 STEP_MEMORY = 2.0  # of the plain sum of what a step keeps: 1.8 to 2.2 were seen on CPUs
 ASSUMED_GMACS = {"cpu": 60.0, "gpu": 6_000.0}  # a second, per core or GPU, where nothing was measured yet

@@ -79,7 +79,7 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
         ahead = batches(run, stage, images, state.images_seen, accelerator.process_index, workers)
         if accelerator.device.type == "cuda":
             ahead = ([share.pinned() for share in shares] for shares in ahead)
-        source = prefetch(ahead)
+        source = prefetch(ahead, run.data.prefetch)
         opened.callback(source.close)  # type: ignore[attr-defined]  # a generator has it
         stop = opened.enter_context(closing(StopFlag(workers)))
         saver = Saver(run, location_of(run, out), term) if accelerator.is_main_process else None
