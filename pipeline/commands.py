@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from gradine.configs.schema import Cluster, Run, Stage, UserError, is_power_of_two, load, require, shard_settings
 from gradine.pipeline import plan as planning
+from gradine.pipeline import scaling
 from gradine.pipeline.cluster import connected
 from gradine.pipeline.display import duration
 from gradine.pipeline.driver import run_folder, settle
@@ -22,16 +23,18 @@ from gradine.pipeline.shards import SHAPING, shard, source_of, summary_line
 from gradine.pipeline.sources import locate
 from gradine.stages import commits
 from gradine.stages.commits import location_of
+from gradine.stages.data import has_level, read_index
 from gradine.stages.store import Store
 
 
-def print_plan(run: Run) -> None:
-    """The stages as a table, then where training would go on and why. Writes nothing."""
-    folder = run_folder(run)
+def print_plan(run: Run, nodes: str = "") -> None:
+    """The stages as a table, then where training would go on and why, and on `nodes` how fast. Writes nothing."""
+    folder, cluster, asked = run_folder(run), scaling.Nodes.of(nodes) if nodes else None, run
     run, plan = settle(run, folder)
     print(f"{run.name}: {run.stages[0].resolution} to {run.final_resolution}px in {folder.path}\n")
     print("   px  fade  hold kimg  batch    rate  workers  micro  threads     GB           time  state")
-    for row in planning.table(run, plan, measured_rates(folder.history())):
+    rows = planning.table(run, plan, measured_rates(folder.history()))
+    for row in rows:
         guess = "" if row["measured"] or not row["left"] else "~"
         print(f"{row['resolution']:>5}{row['fade_images'] / 1000:>6g}{row['hold_images'] / 1000:>11g}"
               f"{row['batch_size']:>7}{row['learning_rate']:>8g}{row['workers']:>5} of {row['most_workers']:<3}"
@@ -49,6 +52,13 @@ measure  {moments[evaluation.when]} on {place}, at most \
 workers  of at most one per minibatch-stddev group; micro: images per forward pass; GB: rough, per worker
 ~        guessed from {planning.ASSUMED_GMACS['cpu']:g} GMAC/s per core, {planning.ASSUMED_GMACS['gpu']:,.0f} per GPU; \
 without ~ from this run's own speed""")
+    if cluster:
+        sizes = [stage.resolution for stage in run.stages]
+        levels = scaling.levels_of(run, {size: read_index(run.data, size) for size in sizes
+                                         if has_level(run.data, size)})
+        found = scaling.predictions(run, asked, cluster, [row["left"] for row in rows], levels,
+                                    scaling.Measured.of(folder.history()))
+        print(f"\n{scaling.page(found, cluster)}")
 
 
 def measured_rates(history: Iterable[dict[str, Any]]) -> dict[int, float]:
