@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 RECIPES = Path(__file__).parent
 ENCODINGS = ("raw", "png", "webp", "jpeg")
 SECRET_NAMES = re.compile("(TOKEN|SECRET|PASSWORD|PASSWD|_PASS|_AUTH|API_?KEY|ACCESS_KEY|SECRET_KEY|PRIVATE_KEY|"
-                          "(?<!GOOGLE_APPLICATION_)CREDENTIALS)$", re.IGNORECASE)  # that one is a path, by definition
+                          "WEBHOOK|(?<!GOOGLE_APPLICATION_)CREDENTIALS)$", re.IGNORECASE)  # that one is a path
 # What is no secret to strike out: shorter values stand in any text (a 1, a flag), and a plain word in lower case, such
 # as postgres for a password, stands in paths (/home/postgres) that must stay right. From 12 letters on it may be a
 # pass phrase, and is no longer a word that paths hold by chance.

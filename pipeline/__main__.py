@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -24,33 +25,48 @@ Settings = Annotated[list[str] | None, typer.Argument(
     metavar="[KEY=VALUE]...", help="Settings that override the file's, e.g. stages.*.workers=2.")]
 TakeOver = Annotated[bool, typer.Option(
     "--take-over", help="Take a run on a shared disk from a process that cannot be reached: its later saves are void.")]
+Until = Annotated[str, typer.Option(
+    "--until", metavar="HH:MM", help="End in time for the next HH:MM by the local clock, with a checkpoint written "
+    "by then, and exit with 0: the same command goes on the next night.")]
+Queue = Annotated[bool, typer.Option(
+    "--queue", help="Wait while another process has this run, until --until at most; without it, that is refused.")]
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/demo.")]
+Job = Annotated[str, typer.Argument(metavar="RUN", help="The name of a run, or the id of one of its jobs.")]
+Address = Annotated[str, typer.Option(help="URL of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, else "
+                                           "RAY_ADDRESS if it is a URL, else http://127.0.0.1:8265.")]
 
 
 @app.command()
 def run(config: Config, settings: Settings = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, like `gradine plan`.")] = False,
-        take_over: TakeOver = False) -> None:
-    """Shard if needed, train, evaluate, report. The same command again resumes."""
+        take_over: TakeOver = False, until: Until = "", queue: Queue = False) -> None:
+    """Shard if needed, train, evaluate, report. The same command again resumes.
+
+    However it ends, RUN/nights/ gets a page of what happened; GRADINE_WEBHOOK, a URL, is told too if it is set.
+    """
     if dry_run:
         plan(config, settings)
     else:
-        _train(config, settings, True, take_over)
+        _train(config, settings, True, take_over, until, queue)
 
 
 @app.command()
-def train(config: Config, settings: Settings = None, take_over: TakeOver = False) -> None:
+def train(config: Config, settings: Settings = None, take_over: TakeOver = False, until: Until = "",
+          queue: Queue = False) -> None:
     """Like `run`, on shards that exist already."""
-    _train(config, settings, False, take_over)
+    _train(config, settings, False, take_over, until, queue)
 
 
 @app.command()
-def plan(config: Config, settings: Settings = None) -> None:
+def plan(config: Config, settings: Settings = None,
+         nodes: Annotated[str, typer.Option(
+             metavar="NODESxWORKERS", help="Also predict each stage on a cluster, e.g. 8x4: 8 nodes with room for 4 "
+             "workers each.")] = "") -> None:
     """Print what `run` would do: stages, images, batches, workers, memory, time, where it resumes."""
     from gradine.configs.schema import load
     from gradine.pipeline.commands import print_plan
 
-    print_plan(load(config, settings or ()))
+    print_plan(load(config, settings or ()), nodes)
 
 
 @app.command()
@@ -130,6 +146,50 @@ def report(folder: Folder) -> None:
 
 
 @app.command()
+def submit(config: Config, settings: Settings = None, address: Address = "",
+           detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
+           take_over: TakeOver = False, until: Until = "", queue: Queue = False) -> None:
+    """`run` as a job of a Ray cluster, with the code that is installed here; prints its log, ends with its exit code.
+
+    Ctrl-C only stops looking. The nodes' image needs what gradine depends on, not gradine. --until is by this machine's
+    clock. Secrets (GRADINE_WEBHOOK, AWS_...) do not travel: the nodes have them in their own environment.
+    """
+    from gradine.pipeline import jobs
+    from gradine.pipeline.signals import Deadline
+
+    if until:
+        Deadline.next(until, time.time())  # or it would be refused only there
+    options = [*(["--until", until] if until else []), *["--queue"][:queue], *["--take-over"][:take_over]]
+    sys.exit(jobs.submit(config, settings or [], options, address, detach))
+
+
+@app.command()
+def status(wanted: Annotated[str, typer.Argument(metavar="[RUN]", help="A run's name, or a job's id.")] = "",
+           address: Address = "") -> None:
+    """List gradine's jobs on a cluster: since when, how long, and how they ended or what they said last."""
+    from gradine.pipeline import jobs
+
+    jobs.status(wanted, address)
+
+
+@app.command()
+def logs(wanted: Job, follow: Annotated[bool, typer.Option("--follow", help="Until the job ends, or Ctrl-C.")] = False,
+         address: Address = "") -> None:
+    """Print what the newest job of a run has printed."""
+    from gradine.pipeline import jobs
+
+    jobs.show_log(wanted, follow, address)
+
+
+@app.command()
+def stop(wanted: Job, address: Address = "") -> None:
+    """Ask a run's job to end with a checkpoint, wait for that, and say what became of it."""
+    from gradine.pipeline import jobs
+
+    jobs.stop(wanted, address)
+
+
+@app.command()
 def version() -> None:
     """Print gradine's version."""
     from gradine import __version__
@@ -137,13 +197,17 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def _train(config: str, settings: list[str] | None, shard_if_needed: bool, take_over: bool) -> None:
+def _train(config: str, settings: list[str] | None, shard_if_needed: bool, take_over: bool, until: str,
+           queue: bool) -> None:
     from gradine.configs.schema import load
-    from gradine.pipeline.driver import train as train_run
-    from gradine.pipeline.signals import Stopped
+    from gradine.pipeline.signals import Deadline, Stopped
+
+    deadline = Deadline.next(until, time.time()) if until else None
+    checked = load(config, settings or ())
+    from gradine.pipeline.driver import train as train_run  # torch: after what a typo is refused by
 
     try:
-        train_run(load(config, settings or ()), shard_if_needed, take_over=take_over)
+        train_run(checked, shard_if_needed, take_over=take_over, deadline=deadline, queue=queue)
     except Stopped as stop:
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:  # before the driver listens
@@ -151,9 +215,9 @@ def _train(config: str, settings: list[str] | None, shard_if_needed: bool, take_
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 wrong input, 3 a fault of the machine or cluster, 4 checkpoints cannot be written, 5 the
-    same failure three times, 6 not finite after all roll-backs, 130 Ctrl-C, 143 SIGTERM (both with a
-    checkpoint if a stage was training)."""
+    """Exit codes: 0 done, or ended in time for --until, 2 wrong input, 3 a fault of the machine or cluster, 4
+    checkpoints cannot be written, 5 the same failure three times, 6 not finite after all roll-backs, 130 Ctrl-C, 143
+    SIGTERM (both, and --until, with a checkpoint if a stage was training)."""
     from gradine.configs.schema import EnvironmentFault, UserError, redacted
 
     try:

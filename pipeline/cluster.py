@@ -6,22 +6,37 @@ Accelerate takes it from there. A group starts in about 4 s and is reused by con
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import ipaddress
 import math
 import os
 import secrets
 import signal
 import socket
+import struct
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradine
-from gradine.configs.schema import EnvironmentFault, Run, Stage, UserError
+from gradine.configs.schema import EnvironmentFault, Run, Stage, UserError, redacted, require
+from gradine.pipeline import plan as planning
 from gradine.pipeline.plan import Plan
+from gradine.pipeline.run_dir import RunDir
+from gradine.pipeline.watchdog import Hang, Lost, Stragglers, Watchdog, Witness, verdict
+from gradine.stages.pulse import first_pulse, keep_record, look_at, stacks_of
 
+T = TypeVar("T")
+SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
+PLACING_S = 5.0  # to place so many workers before fewer are tried
+PROBE_S = 1.0  # to place those that a group could grow by: training goes on meanwhile
+SECONDS_TO_ANSWER = 6.0  # for a worker's node that is asked what it sees of it: a process starts there
+STOP_TO_GROW = signal.SIGUSR2  # unlike SIGTERM it ends no worker that is just between two stages
 SECONDS_TO_END = 10.0  # for the other workers, once one has failed; one that hangs is ended by force
 
 
@@ -30,24 +45,31 @@ def connected(run: Run) -> Iterator[dict[str, float]]:
     """A Ray to work on: the cluster at ray.address or RAY_ADDRESS, else one of our own, ended at exit. -> resources."""
     address = run.ray.address or os.environ.get("RAY_ADDRESS", "")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():  # by a test, or a notebook
+        yield sys.modules["ray"].cluster_resources()
+        return
+    refuse_open(address, run.ray.trust_network)
     if not address and "ray" not in sys.modules:  # Ray reads these when it is imported
         # A token that never touches the disk: Ray's control service listens on all interfaces.
-        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() == "token":
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     import ray
 
-    if ray.is_initialized():  # by a test, or a notebook
-        yield ray.cluster_resources()
-        return
     if address:
         try:
             refuse_silence(address)
-            ray.init(address=address, log_to_driver=False)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise EnvironmentFault(f"no Ray cluster at ray.address={address!r}: {' '.join(str(error).split())[:200]}. "
+        except OSError as error:
+            raise EnvironmentFault(f"no Ray cluster at ray.address={address!r}: {error}. "
                                    "Start one, or leave ray.address empty for a Ray of our own.") from error
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+            raise EnvironmentFault(f"the Ray cluster at ray.address={address!r} does not let us join: "
+                                   f"{' '.join(str(error).split())[:200]}. Is that the port of its control service, "
+                                   "and its token the one in RAY_AUTH_TOKEN or the file of RAY_AUTH_TOKEN_PATH?"
+                                   ) from error
     else:
         cpus = max(stage.workers * stage.cpus for stage in run.stages) + run.evaluation.cpus
         try:
@@ -65,7 +87,51 @@ def refuse_silence(address: str) -> None:
     """OSError if nothing answers at host:port; Ray itself would try for many minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def refuse_open(address: str, trusted: bool) -> None:
+    """UserError for a Ray without a token that others may reach: whoever does can run anything on its nodes."""
+    if address:
+        host = address.removeprefix("ray://").rpartition(":")[0].strip("[]")
+        require(take_token() or trusted or host == "localhost" or is_loopback(host),
+                f"the Ray cluster at {address} is joined without a token, and reaches beyond this machine. Set "
+                "RAY_AUTH_MODE=token and its token on all nodes and here, or ray.trust_network=true if nobody else "
+                "reaches that network.")
+    elif os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        require(trusted, "RAY_AUTH_MODE=disabled: the control service of a Ray started here listens on all interfaces, "
+                         "for anyone. Leave RAY_AUTH_MODE unset (a token is made for this run), or set "
+                         "ray.trust_network=true if nobody else reaches this network.")
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may stand for any address
+        return False
+
+
+def take_token() -> bool:
+    """Turns Ray's token mode on where nothing is said about it and a token is there. -> whether it is on
+
+    UserError for a token that is wanted and not there, and for a file of it that others can read.
+    """
+    mode, named = os.environ.get("RAY_AUTH_MODE", "").lower(), os.environ.get("RAY_AUTH_TOKEN_PATH", "")
+    if mode not in ("", "token"):
+        return False
+    file = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        there = True
+    elif there := file.is_file():
+        rights = file.stat().st_mode & 0o777
+        require(not rights & 0o077, f"{file} holds the cluster's token and has mode {rights:o}: others of this machine "
+                                    f"can read it. Run: chmod 600 {file}")
+    else:
+        require(not mode and not named, f"token mode is on, and there is no token: RAY_AUTH_TOKEN is empty, {file} is "
+                                        "no file. Put the cluster's token into one of them (a file with mode 600).")
+    if there and "ray" not in sys.modules:  # Ray reads it when it is imported
+        os.environ["RAY_AUTH_MODE"] = "token"
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 def worker_environment(threads: int) -> dict[str, Any]:
@@ -82,19 +148,43 @@ def worker_environment(threads: int) -> dict[str, Any]:
     return {"env_vars": environment}
 
 
-def refuse_unplaceable(run: Run, plan: Plan, resources: dict[str, float]) -> None:
-    """UserError now for a stage or an evaluation that this cluster can never place, not in the night."""
-    for stage in (run.stages[i] for i in plan.stages):
-        for kind, each in (("CPU", stage.cpus), ("GPU", stage.gpus)):
-            wanted, there = stage.workers * each, resources.get(kind, 0)
-            if wanted > there:
-                raise UserError(f"stage {stage.resolution}px asks for {wanted:g} {kind}s ({stage.workers} workers of "
-                                f"{each:g}), Ray has {there:g}. Lower stages.<n>.workers or .{kind.lower()}s.")
-    beside = max((stage.workers * stage.gpus for stage in run.stages), default=0) if run.evaluation.when != "end" else 0
-    for kind, wanted, taken in (("CPU", run.evaluation.cpus, 0), ("GPU", run.evaluation.gpus, beside)):
-        if wanted and wanted + taken > resources.get(kind, 0):
-            raise UserError(f"evaluation.{kind.lower()}s={wanted:g} does not fit beside the training's {taken:g}: "
-                            f"Ray has {resources.get(kind, 0):g}. Lower it, or set evaluation.when=end.")
+def refuse_unplaceable(run: Run, plan: Plan, say: Callable[[str], object]) -> None:
+    """UserError for a stage or an evaluation that this cluster can never place: now, not in the night.
+
+    Nodes of a cluster that was just started may still come: they are waited for.
+    """
+    import ray
+
+    joined, said = bool(run.ray.address or os.environ.get("RAY_ADDRESS")), False
+    until = time.monotonic() + run.ray.group_timeout_s * joined
+    while lacking := unplaceable(run, plan.stages, ray.nodes()):
+        if time.monotonic() >= until:
+            raise UserError(lacking)
+        if not said:
+            say(f"waiting up to ray.group_timeout_s={run.ray.group_timeout_s:g} for more nodes: {lacking}")
+        said = True
+        time.sleep(1.0)
+
+
+def unplaceable(run: Run, stages: Iterable[int], nodes: list[dict[str, Any]]) -> str:
+    """Why these nodes, as ray.nodes() describes them, can not hold a run even when nothing else is there; or ""."""
+    there = {kind: sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"]) for kind in ("CPU", "GPU")}
+    have = f"Ray has {len([node for node in nodes if node['Alive']])} nodes with {there['CPU']:g} CPUs and " \
+           f"{there['GPU']:g} GPUs"
+    taken = {"CPU": 0.0, "GPU": 0.0}
+    for stage in (run.stages[index] for index in stages):
+        fewest, room = planning.worker_counts(stage)[-1], most_placeable(stage, nodes)
+        if fewest > room:
+            return (f"stage {stage.resolution}px asks for {fewest} workers of {bundle_text(stage)} each "
+                    f"({stage.placement}), {room} of them have a place: {have}. Lower stages.<n>.workers, .min_workers "
+                    "or what each asks for.")
+        taken = {kind: max(taken[kind], fewest * bundle_of(stage).get(kind, 0)) for kind in taken}
+    for kind, wanted in (("CPU", run.evaluation.cpus), ("GPU", run.evaluation.gpus)):
+        beside = 0 if run.evaluation.when == "end" else taken[kind]
+        if wanted and wanted + beside > there[kind]:
+            return (f"evaluation.{kind.lower()}s={wanted:g} does not fit beside the training's {beside:g}: {have}. "
+                    "Lower it, or set evaluation.when=end.")
+    return ""
 
 
 class Worker:
@@ -110,9 +200,16 @@ class Worker:
 
     def join(self, rank: int, workers: int, master: tuple[str, int]) -> None:
         """What torchrun would set; a group of one needs none of it."""
-        from gradine.stages.stopping import ignore_repeats
+        import ray
+
+        from gradine.stages.stopping import ignore_repeats, listen_to
 
         ignore_repeats()  # a node's SIGTERM and the driver's: whoever wants a quick end has ray.kill
+        listen_to(STOP_TO_GROW)
+        if interface := interface_of(ray.util.get_node_ip_address()):
+            # else gloo takes the address that this host's name stands for: often loopback, of no use to other nodes
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         if workers > 1:  # LOCAL_RANK picks the GPU, and Ray shows each actor its own one alone
             os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(workers),
                               MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
@@ -121,9 +218,12 @@ class Worker:
         return function(*arguments)
 
     def run_stage(self, *arguments: Any) -> Iterator[dict[str, Any]]:
+        record = keep_record()
+        yield first_pulse(record)  # before the imports, which take seconds the first time
+
         from gradine.stages.loop import run_stage
 
-        yield from run_stage(*arguments)
+        yield from functools.partial(run_stage, pulses=True)(*arguments)
 
 
 def says_why(error: Exception) -> bool:
@@ -134,20 +234,31 @@ def says_why(error: Exception) -> bool:
     from gradine.stages.watch import NonFinite
 
     cause = getattr(error, "cause", None) or error
-    return isinstance(cause, UserError | EnvironmentFault | NonFinite | OutOfMemory | RayActorError)
+    return isinstance(cause, UserError | EnvironmentFault | NonFinite | OutOfMemory | RayActorError | Lost)
 
 
-def terminate(pid: int) -> None:
-    os.kill(pid, signal.SIGTERM)
+class HostMemory(Lost):
+    """A worker was ended because its host ran out of memory."""
 
 
-def terminate_on(node: str, pid: int) -> Any:
-    """SIGTERM to a process of another node, by a task there. -> its ref"""
+def send_signal(pid: int, number: int) -> None:  # Ray takes no built-in function
+    os.kill(pid, number)
+
+
+def task_on(node: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments) in a task on a node, however busy that is. -> its ref"""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
-    task = ray.remote(num_cpus=0)(terminate)
-    return task.options(scheduling_strategy=On(node, soft=False), runtime_env=worker_environment(1)).remote(pid)
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    placed_there = On(node, soft=False)
+    return task.options(scheduling_strategy=placed_there, runtime_env=worker_environment(1)).remote(*arguments)
+
+
+def node_alive(node: str) -> bool:
+    import ray
+
+    return any(one["NodeID"] == node and one["Alive"] for one in ray.nodes())
 
 
 def whereabouts() -> tuple[str, int]:
@@ -157,23 +268,83 @@ def whereabouts() -> tuple[str, int]:
     return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
+def interface_of(address: str) -> str:
+    """The network interface that has an IPv4 address; "" if none, or if only Linux could tell."""
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking, suppress(OSError):  # it may have no address
+            answer = fcntl.ioctl(asking, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return ""
+
+
+def bundle_of(stage: Stage) -> dict[str, float]:
+    """What one worker asks of Ray."""
+    return {kind: amount for kind, amount in (("CPU", stage.cpus), ("GPU", stage.gpus)) if amount} or {"CPU": 0.001}
+
+
+def most_placeable(stage: Stage, nodes: Iterable[dict[str, Any]]) -> int:
+    """How many workers of `stage` these nodes, as ray.nodes() describes them, have room for when nothing else runs."""
+    wanted = bundle_of(stage)
+    each = [min(int(node["Resources"].get(kind, 0) / amount + 1e-6) for kind, amount in wanted.items())
+            for node in nodes if node["Alive"]]
+    if stage.placement == "STRICT_SPREAD":
+        return sum(room > 0 for room in each)
+    return max(each, default=0) if stage.placement == "STRICT_PACK" else sum(each)
+
+
+def place(stage: Stage, timeout_s: float, make_room: Callable[[], None]) -> tuple[Any, int]:
+    """A placement group for as many workers as the cluster has room for, the most that `stage` may have at best.
+
+    Where there is none at once, `make_room` is called, and room for the fewest it may have is waited for.
+    EnvironmentFault if that does not come in time.
+    """
+    import ray
+
+    if placement := placed(stage, stage.workers, PROBE_S):
+        return placement, stage.workers
+    make_room()
+    counts, until = planning.worker_counts(stage), time.monotonic() + timeout_s
+    while (left := until - time.monotonic()) > 0:
+        room = most_placeable(stage, ray.nodes())
+        for count in [count for count in counts if count <= room] or counts[-1:]:
+            # Fewer are tried soon: what is taken now may stay so, and a node that died is counted for a while.
+            patience = left if len(counts) == 1 else PLACING_S
+            if placement := placed(stage, count, min(left, patience)):
+                return placement, count
+    raise EnvironmentFault(f"stage {stage.resolution}px: {counts[-1]} workers of {bundle_text(stage)} each "
+                           f"({stage.placement}) could not be placed within ray.group_timeout_s={timeout_s:g}. Is the "
+                           "cluster busy, or a node down?")
+
+
+def placed(stage: Stage, count: int, timeout_s: float) -> Any:
+    """A placement group for `count` workers, or None if there was no room in time."""
+    import ray
+
+    placement = ray.util.placement_group([bundle_of(stage)] * count, strategy=stage.placement)
+    try:
+        if placement.wait(timeout_s):
+            return placement
+    except BaseException:  # a signal, or its places would stay taken
+        ray.util.remove_placement_group(placement)
+        raise
+    ray.util.remove_placement_group(placement)
+    return None
+
+
+def bundle_text(stage: Stage) -> str:
+    return ", ".join(f"{amount:g} {kind}" for kind, amount in bundle_of(stage).items())
+
+
 class Group:
-    """A stage's workers: placed, joined, asked to train, ended."""
+    """A stage's workers: placed, joined, asked to train, ended. `run` is the run as this many workers train it."""
 
-    def __init__(self, run: Run, stage: int) -> None:
-        import ray
-
-        setting = run.stages[stage]
-        bundle = {"CPU": setting.cpus, "GPU": setting.gpus}
-        self.placement = ray.util.placement_group([{k: v for k, v in bundle.items() if v} or {"CPU": 0.001}]
-                                                  * setting.workers, strategy="PACK")
-        if not self.placement.wait(run.ray.group_timeout_s):
-            ray.util.remove_placement_group(self.placement)
-            raise EnvironmentFault(f"stage {setting.resolution}px: {setting.workers} workers could not be placed "
-                                   f"within ray.group_timeout_s={run.ray.group_timeout_s:g}. Is the cluster busy?")
+    def __init__(self, run: Run, stage: int, make_room: Callable[[], None] = lambda: None) -> None:
+        self.placement, self.count = place(run.stages[stage], run.ray.group_timeout_s, make_room)
+        self.run = planning.with_workers(run, stage, self.count)
         self.workers: list[Any] = []
         try:
-            self.join_workers(setting)
+            self.join_workers(self.run.stages[stage])
         except BaseException:
             self.end()  # or its places would stay taken
             raise
@@ -181,6 +352,8 @@ class Group:
     def join_workers(self, setting: Stage) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Placed
+
+        from gradine.stages.memory import memory_kills
 
         actor = ray.remote(num_cpus=setting.cpus, num_gpus=setting.gpus, max_restarts=0)(Worker)
         environment = worker_environment(setting.threads)
@@ -190,6 +363,25 @@ class Group:
         master = ray.get(self.workers[0].address.remote())
         ray.get([worker.join.remote(rank, setting.workers, master) for rank, worker in enumerate(self.workers)])
         self.places = self.call(whereabouts)
+        self.kills = dict(enumerate(self.call(memory_kills)))
+
+    def nodes(self) -> list[str]:
+        """The address of each worker's node, by rank."""
+        import ray
+
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        return [addresses.get(place[0], "gone") for place in self.places]
+
+    def could_grow(self, stage: Stage) -> bool:
+        """Whether there is room by now for more workers of `stage`, which is this group's as configured."""
+        import ray
+
+        room = most_placeable(stage, ray.nodes())
+        more = [count for count in planning.worker_counts(stage) if self.count < count <= room]
+        if not more or not (probe := placed(stage, more[-1] - self.count, PROBE_S)):
+            return False
+        ray.util.remove_placement_group(probe)
+        return True
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """function(*arguments) in every worker; the answers by rank."""
@@ -197,24 +389,110 @@ class Group:
 
         return ray.get([worker.call.remote(function, *arguments) for worker in self.workers])
 
-    def events(self, *arguments: Any, idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
-        """Rank 0's events of one stage; raises what any worker raised. `idle` is called about once a second."""
+    def events(self, run: Run, stage: int, start: str | None, out: str, *more: Any,
+               idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
+        """Rank 0's events of one stage, and alarms for ranks that lag; raises what any worker raised, or Hang.
+
+        `idle` is called about once a second.
+        """
         import ray
 
-        streams = [worker.run_stage.options(num_returns="streaming").remote(*arguments) for worker in self.workers]
+        calls = [worker.run_stage.options(num_returns="streaming") for worker in self.workers]
+        streams = {call.remote(run, stage, start, out, *more): rank for rank, call in enumerate(calls)}
+        self.watchdog = Watchdog(run.ray, len(streams), time.monotonic())
+        stragglers = Stragglers(len(streams), run.stages[stage].resolution, self.nodes)
         while streams:
-            ready, _ = ray.wait(streams, num_returns=1, timeout=1.0)
-            for stream in ready:
-                try:
-                    yield ray.get(next(stream))
-                except StopIteration:
-                    streams.remove(stream)
-                except Exception as error:
-                    streams.remove(stream)
-                    raise (yield from self.last_words(error, streams)) from error
+            if ray.wait([*streams], num_returns=1, timeout=1.0)[0]:
+                # Of each rank one: the pulses of the others do not wait behind the many events of rank 0.
+                for stream in ray.wait([*streams], num_returns=len(streams), timeout=0)[0]:
+                    try:
+                        event = ray.get(next(stream))
+                    except StopIteration:
+                        self.watchdog.ended(streams.pop(stream))
+                    except Exception as error:
+                        reason = self.named(error, streams.pop(stream))
+                        raise (yield from self.last_words(reason, streams)) from error
+                    else:
+                        self.watchdog.heard(streams[stream], event)
+                        of_us = event["event"] == "pulse"
+                        yield from stragglers.heard(streams[stream], event["windows"]) if of_us else [event]
             idle()
+            if doubt := self.watchdog.doubt(time.monotonic()):
+                self.refuse_hang(doubt, out)
 
-    def last_words(self, error: Exception, others: list[Any]) -> Generator[dict[str, Any], None, Exception]:
+    def refuse_hang(self, doubt: str, out: str) -> None:
+        """Hang, after what is known of each rank was written into crashes/hang/<n> of run folder `out`.
+
+        Where there is no more than a doubt, only if a worker's process is found stopped.
+        """
+        waited_s = self.watchdog.still
+        witnesses = self.witnesses()
+        if doubt == "look" and not any(one.stopped for one in witnesses):
+            return
+        stacks: dict[int, str] = {}
+        for stopped in (False, True):  # these last: one must run on to write its stacks, and then so do the others
+            stacks |= self.beside(stacks_of, {one.rank: (one.pid, self.watchdog.records[one.rank]) for one in witnesses
+                                              if one.sight and one.stopped == stopped
+                                              and self.watchdog.records[one.rank]})
+        folder = RunDir(out).numbered("crashes/hang")
+        with suppress(OSError):  # a disk that is full is no reason to let them hang
+            folder.mkdir(parents=True)
+            for one in witnesses:
+                told = replace(one, stacks=stacks.get(one.rank, "")).testimony(waited_s)
+                (folder / f"rank-{one.rank}.txt").write_text(redacted(told))
+        raise Hang(f"no step for {waited_s:.0f} s: {verdict(waited_s, witnesses)}; stacks in "
+                   f"{folder.relative_to(RunDir(out).path)}")
+
+    def witnesses(self) -> list[Witness]:
+        """What is seen of each worker from outside, on its node."""
+        sights = self.beside(look_at, {rank: (pid, self.watchdog.records[rank])
+                                       for rank, (_, pid) in enumerate(self.places)})
+        nodes = self.nodes()
+        return [Witness(rank, nodes[rank], pid, sights.get(rank)) for rank, (_, pid) in enumerate(self.places)]
+
+    def beside(self, function: Callable[..., T], arguments: dict[int, tuple[Any, ...]]) -> dict[int, T]:
+        """function(*arguments[rank]) on each rank's node, but not in its worker; the answers that came in time."""
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        local = [rank for rank in arguments if self.places[rank][0] == here]
+        asked = {task_on(self.places[rank][0], function, *arguments[rank]): rank for rank in arguments.keys() - local}
+        answers = {rank: function(*arguments[rank]) for rank in local}
+        if asked:
+            ready, silent = ray.wait([*asked], num_returns=len(asked), timeout=SECONDS_TO_ANSWER)
+            for ref in ready:
+                with suppress(Exception):  # its node is gone
+                    answers[asked[ref]] = ray.get(ref)
+            for ref in silent:
+                ray.cancel(ref, force=True)
+        return answers
+
+    def named(self, error: Exception, rank: int) -> Exception:
+        """A worker's error; where its process ended, one that says which, and what it was at."""
+        from ray.exceptions import RayActorError
+
+        if not isinstance(error, RayActorError):
+            return error
+        node, pid = self.places[rank]
+        record = self.watchdog.records[rank]
+        sight = self.beside(look_at, {rank: (pid, record)}).get(rank) if record and node_alive(node) else None
+        at = "; ".join(map(str, sight.lines)) if sight else ""
+        who = f"rank {rank} (node {self.nodes()[rank]}, pid {pid})"
+        at = f", at {at}" if at else ""
+        text = " ".join(str(error).split())
+        if "low on memory" in text or self.memory_killed(rank):  # by Ray, by the kernel
+            return HostMemory(f"{who} was ended because its host ran out of memory{at}: {text}")
+        return Lost(f"{who} died{at}: {text}")
+
+    def memory_killed(self, rank: int) -> bool:
+        """Whether the kernel of a rank's host has ended processes for lack of memory since the group began."""
+        from gradine.stages.memory import memory_kills
+
+        before = self.kills.get(rank)
+        now = self.beside(memory_kills, {rank: ()}).get(rank) if node_alive(self.places[rank][0]) else None
+        return before is not None and now is not None and now > before
+
+    def last_words(self, error: Exception, others: dict[Any, int]) -> Generator[dict[str, Any], None, Exception]:
         """The events until the other workers have ended too, a save under way with them; then what ended the stage.
 
         A worker may only have met the broken connection of the one that it happened to.
@@ -223,27 +501,29 @@ class Group:
 
         until = time.monotonic() + SECONDS_TO_END
         while others and (left := until - time.monotonic()) > 0:
-            ready, _ = ray.wait(others, num_returns=1, timeout=left)
+            ready, _ = ray.wait([*others], num_returns=1, timeout=left)
             for stream in ready:
                 try:
-                    yield ray.get(next(stream))
+                    event = ray.get(next(stream))
                 except StopIteration:
-                    others.remove(stream)
+                    del others[stream]
                 except Exception as another:
-                    others.remove(stream)
+                    another = self.named(another, others.pop(stream))
                     error = another if says_why(another) and not says_why(error) else error
+                else:
+                    yield from [event] if event["event"] != "pulse" else []
         return error
 
-    def ask_to_stop(self) -> None:
-        """SIGTERM to one worker, on this node if there is one; it tells the others: all end after the same step."""
+    def ask_to_stop(self, number: int = signal.SIGTERM) -> None:
+        """A signal to one worker, on this node if there is one; it tells the others: all end after the same step."""
         import ray
 
         here = ray.get_runtime_context().get_node_id()
         node, pid = next((place for place in self.places if place[0] == here), self.places[0])
         if node == here:
-            terminate(pid)
+            os.kill(pid, number)
         else:
-            terminate_on(node, pid)
+            task_on(node, send_signal, pid, number)
 
     def end(self) -> None:
         import ray

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -22,17 +23,21 @@ from gradine.configs.schema import EnvironmentFault, Run, UserError, from_dict, 
 from gradine.pipeline import plan as planning
 from gradine.pipeline.cluster import connected, refuse_unplaceable
 from gradine.pipeline.display import Display
-from gradine.pipeline.lock import Held, lease
+from gradine.pipeline.jobs import refuse_relative, relative_paths
+from gradine.pipeline.lock import Held, InUse, lease
 from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.session import Session, keep_settings, say_goodbye
 from gradine.pipeline.shards import absolute_location, refuse_other_settings, shard, source_of, summary_line
-from gradine.pipeline.signals import Signals
+from gradine.pipeline.signals import Deadline, Signals, Stopped
 from gradine.pipeline.sources import locate
+from gradine.pipeline.summary import Teller
 from gradine.stages import checkpoint, commits
 from gradine.stages.commits import Checkpoint, Term, location_of
 from gradine.stages.data import data_digest, has_level
 from gradine.stages.store import Store, is_remote, write_atomic
+
+QUEUE_LOOK_S = 5.0  # between two tries of a run that waits for its turn
 
 
 def run_folder(run: Run) -> RunDir:
@@ -40,7 +45,10 @@ def run_folder(run: Run) -> RunDir:
 
 
 def absolute(run: Run) -> Run:
-    """Paths that hold in every process, whatever folder it runs in."""
+    """Paths that hold in every process, whatever folder it runs in. UserError for relative ones in a Ray job."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    if job.get("runtime_env", {}).get("working_dir"):  # a copy for this job, which the source may have come with
+        refuse_relative({key: path for key, path in relative_paths(run).items() if key != "data.source"})
     data = replace(run.data, shards=absolute_location(run.data.shards),
                    cache_dir=absolute_location(run.data.cache_dir, home=False))  # each node has a home of its own
     location = run.checkpoints.location
@@ -58,7 +66,7 @@ def settle(run: Run, folder: RunDir) -> tuple[Run, planning.Plan]:
         raise UserError(f"resume=fresh wants an empty run folder, {folder.path} is not. Use resume=auto to go on, or "
                         "another name=.")
     ledger = folder.lines("ledger.jsonl")
-    run = planning.resolved(planning.with_smaller_micro_batches(run, ledger), os.cpu_count() or 1, stored)
+    run = planning.resolved(planning.within_memory(run, ledger), os.cpu_count() or 1, stored)
     branches = [str(line["resolution"]) for line in ledger if line["event"] == "branch"]
     last_branch = branches[-1] if branches else None
     if stored:
@@ -84,14 +92,22 @@ def settle(run: Run, folder: RunDir) -> tuple[Run, planning.Plan]:
     return run, plan
 
 
-def train(run: Run, shard_if_needed: bool, display: Display | None = None, take_over: bool = False) -> RunDir:
+def train(run: Run, shard_if_needed: bool, display: Display | None = None, take_over: bool = False,
+          deadline: Deadline | None = None, queue: bool = False) -> RunDir:
     """Shards (if asked), every stage, evaluations and the report. Safe to call again after any interruption.
 
-    Raises Stopped after SIGTERM or Ctrl-C; a stage that trained has then ended with a checkpoint.
+    Raises Stopped after SIGTERM, Ctrl-C or in time for the deadline; a stage that trained has then ended with a
+    checkpoint. However it ends, it is told: in nights/ and to a webhook.
     """
     folder = run_folder(run)
-    with holding(run, folder, take_over) as held:
+    teller, turn = Teller(run, folder, deadline), Turn(queue, deadline, run.ray.grace_s)
+    with teller.whatever_happens(), holding(run, folder, take_over, turn) as held, teller.whatever_happens():
+        teller.hold()
         run, plan = settle(run, folder)
+        if is_complete(run, folder, plan):
+            (display or Display(run)).say(f"all {plan.images_seen:,} images are trained and measured: nothing is left "
+                                          f"to do. report: {folder.report}", "bold green")
+            return folder
         whole = all(has_level(run.data, stage.resolution) for stage in run.stages)
         if whole:
             refuse_other_settings(run.data)
@@ -101,14 +117,15 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None, take_
         elif not whole:
             raise UserError(f"data.shards={run.data.shards!r} lacks levels of this run. Make them with gradine shard, "
                             "or use gradine run, which makes what is missing.")
-        with display or Display(run) as shown, Signals().heard() as signals, connected(run) as resources:
+        with (display or Display(run) as shown, Signals(deadline, run.ray.grace_s).heard() as signals,
+              connected(run) as resources):
             signals.listen()
             started = time.monotonic()
             folder.tell = functools.partial(shown.say, style="yellow")
             folder.record("start", gradine=__version__, command=" ".join(sys.argv), host=socket.gethostname(),
                           cores=os.cpu_count(), versions=versions(), resources=resources)
             try:
-                refuse_unplaceable(run, plan, resources)
+                refuse_unplaceable(run, plan, folder.tell)
                 if shard_if_needed:
                     make_shards(run, folder, shown, whole)
                 term = open_run(run, folder, plan, shown)
@@ -118,9 +135,12 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None, take_
                 session.retire(session.schedule.end)  # what stayed only because it waited to be measured
             except (UserError, EnvironmentFault) as error:
                 folder.record("stopped", reason=str(error))
+                signals.forget_deadline()
+                teller.tell(error)
                 raise
             except KeyboardInterrupt:
                 say_goodbye(folder, shown, signals)
+                teller.tell(Stopped(signals.asked or signal.SIGINT))  # before Ray's end, which may take too long
                 raise
             folder.record("end", seconds=round(time.monotonic() - started, 1))
         report = write_report(folder)
@@ -128,14 +148,52 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None, take_
     return folder
 
 
+class Turn:
+    """What is done about a run that another process holds: it is waited for, or refused."""
+
+    def __init__(self, waits: bool, deadline: Deadline | None, grace_s: float) -> None:
+        self.waits, self.deadline, self.grace_s, self.said = waits, deadline, grace_s, False
+
+    def wait(self, busy: InUse) -> None:
+        """A while. Stopped where there would be no time left to train in."""
+        if not self.waits:
+            raise busy
+        left = self.deadline.seconds_left() - self.grace_s if self.deadline else QUEUE_LOOK_S
+        if left <= 0:
+            assert self.deadline
+            reason = f"until {self.deadline.text}, when {busy.fact} still: nothing was trained here"
+            print(reason, flush=True)
+            raise Stopped(signal.SIGALRM, reason)
+        if not self.said:
+            print(f"{busy.fact}: waiting for its end", flush=True)
+        self.said = True
+        time.sleep(min(QUEUE_LOOK_S, left))
+
+
 @contextmanager
-def holding(run: Run, folder: RunDir, take_over: bool) -> Iterator[list[Held]]:
+def holding(run: Run, folder: RunDir, take_over: bool, turn: Turn) -> Iterator[list[Held]]:
     """The locks of the run folder and, if they lie elsewhere, of its checkpoints."""
     with ExitStack() as stack:
-        held = [stack.enter_context(folder.locked(take_over))]
-        if run.checkpoints.location:
-            held.append(stack.enter_context(lease(location_of(absolute(run), folder.path), take_over)))
+        held: list[Held] = []
+        while not held:
+            try:
+                held = [stack.enter_context(folder.locked(take_over))]
+                if run.checkpoints.location:
+                    held.append(stack.enter_context(lease(location_of(absolute(run), folder.path), take_over)))
+            except InUse as busy:
+                stack.close()
+                held = []
+                turn.wait(busy)
         yield held
+
+
+def is_complete(run: Run, folder: RunDir, plan: planning.Plan) -> bool:
+    """Whether all of it was trained, measured and reported before, with these very settings."""
+    if plan.stages or not folder.report.is_file() or kept_settings(run, folder) != run:
+        return False
+    measured = {row["checkpoint"] for row in folder.lines("metrics.jsonl")}
+    found = commits.find(location_of(run, folder.path))[0]
+    return bool(found) and measured >= {one.name for one in found if one.stage_end}
 
 
 def open_run(run: Run, folder: RunDir, plan: planning.Plan, shown: Display) -> Term:

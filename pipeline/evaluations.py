@@ -64,11 +64,22 @@ class Evaluations:
         ref = placed.remote(self.run, of.path, str(self.folder.path), threads)
         self.running[ref] = of, time.monotonic()
 
+    def give_way(self) -> None:
+        """Ends the one under way, to start again later: the training's workers found no place beside it."""
+        import ray
+
+        for ref, (of, _) in self.running.items():
+            ray.cancel(ref, force=True)
+            self.waiting.insert(0, of)
+            self.shown.say(f"evaluation of {of.name} gives way to the training, and starts again later", "yellow")
+        self.running.clear()
+
     def collect(self, wait_s: float = 0.0) -> None:
         """Takes in the evaluations that ended. One that failed leaves a line with its reason; training goes on."""
         import ray
 
         if not self.running:
+            self.start_next()
             return
         ready, _ = ray.wait(list(self.running), num_returns=1, timeout=wait_s)
         for ref in ready:

@@ -34,6 +34,14 @@ SHARED = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "ceph", "9p"
           "afs", "ocfs2", "gfs2", "wekafs", "panfs", "fuse"}
 
 
+class InUse(UserError):
+    """Another process holds what was asked for: the fact alone, and with the way out."""
+
+    def __init__(self, fact: str, way_out: str) -> None:
+        super().__init__(f"{fact}. {way_out}")
+        self.fact = fact
+
+
 class Held:
     """What is held, for its holder to look at now and then."""
 
@@ -152,7 +160,7 @@ class Flock:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             self.file.close()
-            raise UserError(f"{self.what} is in use by {holder}. {self._way_out(holder)}") from None
+            raise InUse(f"{self.what} is in use by {holder}", self._way_out(holder)) from None
         except OSError:  # a disk without flock
             if self.certain:
                 self.file.close()
@@ -231,8 +239,8 @@ class Lease:
                                  f"{self.lease_s:.0f} s after the last")
 
     def _refuse(self, number: int, sign: str) -> None:
-        raise UserError(f"{self.what} is in use by {self._holder(number)}. {sign}. Wait for it, stop it, give this run "
-                        "another name=, or add --take-over: then what that process saves from now on does not count.")
+        raise InUse(f"{self.what} is in use by {self._holder(number)}", f"{sign}. Wait for it, stop it, give this run "
+                    "another name=, or add --take-over: then what that process saves from now on does not count.")
 
     def _holder(self, number: int) -> str:
         return _parsed(self.place.read(number)).get("holder") or "another process"

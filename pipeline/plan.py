@@ -91,14 +91,21 @@ def resolved(run: Run, cores: int, stored: Run | None = None) -> Run:
     return replace(run, stages=stages)
 
 
-def with_smaller_micro_batches(run: Run, ledger: Iterable[dict[str, Any]]) -> Run:
-    """The run with the micro-batches that memory forced upon it, wherever the given ones are those that did not fit."""
-    forced = [line for line in ledger if line["event"] == "micro_batch"]
-    stages = list(run.stages)
-    for line in forced:
-        stages = [replace(stage, micro_batch=line["now"]) if (stage.resolution, stage.micro_batch)
-                  == (line["resolution"], line["was"]) else stage for stage in stages]
-    return replace(run, stages=stages)
+def within_memory(run: Run, ledger: Iterable[dict[str, Any]]) -> Run:
+    """The run with what memory forced upon it so far, wherever the given settings are those that did not fit."""
+    for line in ledger:
+        if line["event"] == "micro_batch":
+            stages = [replace(stage, micro_batch=line["now"]) if (stage.resolution, stage.micro_batch)
+                      == (line["resolution"], line["was"]) else stage for stage in run.stages]
+            run = replace(run, stages=stages)
+        elif line["event"] == "less_ahead":
+            run = with_less_ahead(run)
+    return run
+
+
+def with_less_ahead(run: Run) -> Run:
+    """The run with the least kept in memory beside the training: one batch ahead, no copy of the state for a save."""
+    return replace(run, data=replace(run.data, prefetch=1), checkpoints=replace(run.checkpoints, background=False))
 
 
 def refuse_changes(run: Run, stored: Run, branching_at: int | None = None) -> None:
@@ -127,7 +134,20 @@ def _may_change(key: str, run: Run, branching_at: int | None) -> bool:
 
 def same_group(a: Stage, b: Stage) -> bool:
     """Whether two consecutive stages can share one group of workers."""
-    return (a.workers, a.cpus, a.gpus, a.threads) == (b.workers, b.cpus, b.gpus, b.threads)
+    return all(getattr(a, name) == getattr(b, name) for name in (
+        "workers", "min_workers", "placement", "cpus", "gpus", "threads"))
+
+
+def worker_counts(stage: Stage) -> list[int]:
+    """How many workers a stage may have, most first: each takes whole micro-batches, as large as with the most."""
+    fewest, micro = stage.min_workers or stage.workers, stage.micro_batch or stage.batch_size // stage.workers
+    return [count for count in range(stage.workers, fewest - 1, -1) if stage.batch_size % (count * micro) == 0]
+
+
+def with_workers(run: Run, index: int, count: int) -> Run:
+    """The run as a stage that got so many workers trains it: the same micro-batches, hence nearly the same sums."""
+    stage = replace(run.stages[index], workers=count, min_workers=0)
+    return replace(run, stages=[*run.stages[:index], stage, *run.stages[index + 1:]])
 
 
 def memory_gb(run: Run, stage: Stage) -> float:

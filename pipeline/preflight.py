@@ -19,6 +19,7 @@ from gradine.pipeline import plan as planning
 from gradine.pipeline.cluster import Group, connected, one_line, refuse_unplaceable
 from gradine.pipeline.display import duration
 from gradine.pipeline.driver import run_folder, settle
+from gradine.pipeline.run_dir import warn
 from gradine.stages import growth
 from gradine.stages.memory import allocator_error, smaller_micro_batch
 from gradine.stages.store import is_remote
@@ -98,8 +99,8 @@ def preflight(run: Run, shown: Callable[[Row], object] = str) -> tuple[Run, list
     """
     run, plan = settle(run, run_folder(run))
     rows = []
-    with connected(run) as resources:
-        refuse_unplaceable(run, replace(plan, stages=tuple(range(len(run.stages)))), resources)
+    with connected(run):
+        refuse_unplaceable(run, replace(plan, stages=tuple(range(len(run.stages)))), warn)
         for index in range(len(run.stages)):
             rows.append(measured(run, index))
             shown(rows[-1])
@@ -133,7 +134,7 @@ def tried(run: Run, index: int) -> tuple[list[dict[str, float]], str, float, int
     group = Group(run, index)
     try:
         room, sharing = room_of(group, run, index)
-        return group.call(trial, run, index), "", room, sharing
+        return group.call(trial, group.run, index), "", room, sharing
     except Exception as error:
         if reason := shortage(error) or shortage(death_behind(group, error)):
             return [], reason, room, sharing

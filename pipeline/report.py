@@ -54,7 +54,7 @@ def write_report(run_dir: RunDir) -> Path:
                if (result := stage_result(run_dir, stage.resolution, span))]
     distances = [row for result in results if (row := result.metrics.get("swd"))]
     ticks = [line for line in history if line["event"] == "tick"]
-    page = _template().render(
+    page = template("report.html.jinja").render(
         run=run, reached=reached, end=plan.end, seconds=working_seconds(ledger), stages=stages, results=results,
         hero=newest_samples(results), panels=curves(ticks, plan, reached), distance=distance_by_stage(distances),
         final=next((row for row in reversed(distances) if row["value"] is not None), None),
@@ -123,21 +123,22 @@ def stage_result(run_dir: RunDir, resolution: int, span: tuple[int, int]) -> Res
     files = {int(number): path for path in run_dir.samples.glob(f"r{resolution:04d}-*.png")
              if (number := path.stem.partition("-")[2]).isdecimal()}
     seen = max(filter(inside, files), default=None)
-    grid = _open(files[seen]) if seen is not None else None
+    grid = opened(files[seen]) if seen is not None else None
     if seen is None or grid is None:
         return Result(resolution, metrics) if metrics else None
-    reals = _open(run_dir.samples / f"r{resolution:04d}-reals.png")
+    reals = opened(run_dir.samples / f"r{resolution:04d}-reals.png")
     tiles = min(COLUMNS, max(1, grid.width // resolution))
     strip = grid.crop((0, 0, tiles * resolution, resolution))
-    fakes, beside = (embed(_top(image, PAIR_ROWS * resolution), PAIR_PX) if image else None for image in (grid, reals))
+    fakes, beside = (embed(top_of(image, PAIR_ROWS * resolution), PAIR_PX) if image else None
+                     for image in (grid, reals))
     return Result(resolution, metrics, files[seen], seen, fakes, beside, embed(strip, LARGE_PX), tiles)
 
 
 def newest_samples(results: list[Result]) -> tuple[Result, Picture] | None:
     """The newest stage with samples, and these as large as the page has them."""
     for result in reversed(results):
-        if result.samples and (grid := _open(result.samples)):
-            return result, embed(_top(grid, LARGE_ROWS * result.resolution), LARGE_PX)
+        if result.samples and (grid := opened(result.samples)):
+            return result, embed(top_of(grid, LARGE_ROWS * result.resolution), LARGE_PX)
     return None
 
 
@@ -164,11 +165,11 @@ def embed(image: Image.Image, most: int) -> Picture:
     return Picture(f"data:image/{kind};base64,{data}", image.width, image.height)
 
 
-def _top(image: Image.Image, height: int) -> Image.Image:
+def top_of(image: Image.Image, height: int) -> Image.Image:
     return image.crop((0, 0, image.width, min(image.height, height)))
 
 
-def _open(path: Path) -> Image.Image | None:
+def opened(path: Path) -> Image.Image | None:
     """A grid as RGB; None for a missing or torn file."""
     try:
         with Image.open(path) as image:
@@ -377,11 +378,11 @@ def _last(lines: list[Line], event: str) -> Line | None:
 DASH = "–"
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(figure=figure_text, duration=duration, percent=percent, clock=clock, count=count)
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 def figure_text(value: float | None) -> str:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,16 @@ class RunDir:
 
     def history(self) -> list[dict[str, Any]]:
         """The ledger as one lineage: what a later resume or branch went back behind is dropped."""
-        lineage: list[dict[str, Any]] = []
-        for line in self.lines("ledger.jsonl"):
-            if line["event"] == "resume":
-                lineage = [old for old in lineage if old.get("images_seen", 0) <= line["images_seen"]]
-            lineage.append(line)
-        return lineage
+        return lineage(self.lines("ledger.jsonl"))
+
+
+def lineage(ledger: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
+    for line in ledger:
+        if line["event"] == "resume":
+            kept = [old for old in kept if old.get("images_seen", 0) <= line["images_seen"]]
+        kept.append(line)
+    return kept
 
 
 class Journal:

@@ -15,7 +15,7 @@ from typing import Any
 
 from gradine.configs.schema import CrashLoop, Diverged, EnvironmentFault, Run, dump, redacted
 from gradine.pipeline import plan as planning
-from gradine.pipeline.cluster import Group, one_line
+from gradine.pipeline.cluster import STOP_TO_GROW, Group, HostMemory, one_line
 from gradine.pipeline.display import Board, Display, duration
 from gradine.pipeline.evaluations import Evaluations, best_checkpoints
 from gradine.pipeline.lock import Held
@@ -44,6 +44,7 @@ class Session:
         self.schedule = growth.schedule(run)
         self.group: Group | None = None
         self.grouped_for: int | None = None
+        self.growing = False  # the workers were asked to stop, to go on with more
         self.asked_at = math.inf  # when the workers were told to stop
         self.last_tick = self.furthest = 0
         self.errors: list[str] = []  # since the furthest checkpoint so far
@@ -62,7 +63,8 @@ class Session:
             while stages:
                 try:
                     start = self.stage(stages[0], start)
-                    stages.pop(0)
+                    if start.images_seen == self.schedule.stage_span(stages[0])[1]:
+                        stages.pop(0)
                     self.errors = []
                 except Exception as error:
                     reason = one_line(error)
@@ -105,18 +107,25 @@ class Session:
         return start
 
     def stage(self, index: int, start: Checkpoint | None) -> Checkpoint:
-        """Trains one stage to its end; returns its final checkpoint. An EnvironmentFault of a worker is not retried."""
-        setting = self.run.stages[index]
-        self.join_group(index)
-        assert self.group
-        self.folder.record("stage_start", resolution=setting.resolution, workers=setting.workers,
+        """Trains one stage to its end, or until there is room for more workers; returns the checkpoint it came to.
+
+        An EnvironmentFault of a worker is not retried.
+        """
+        group = self.join_group(index)
+        self.folder.record("stage_start", resolution=self.run.stages[index].resolution, workers=group.count,
                            images_seen=start.images_seen if start else 0)
         initial = str(self.folder.initial) if self.folder.initial.exists() else None
-        arguments = (self.run, index, start.path if start else None, str(self.folder.path), initial, self.term)
+        run = planning.with_workers(self.run, index, group.count)
+        arguments = (run, index, start.path if start else None, str(self.folder.path), initial, self.term)
         final = start
         with self.signals.gently():
-            for event in self.group.events(*arguments, idle=self.look_around):
-                final = self.take(event) or final
+            for event in group.events(*arguments, idle=self.look_around):
+                if saved := self.take(event):
+                    final = saved
+                    if not saved.stage_end:
+                        self.grow(index)
+        if self.growing:  # its workers were asked to stop, and would stop the next stage
+            self.end_group()
         assert final is not None, "a stage ends with a checkpoint"
         return final
 
@@ -147,7 +156,7 @@ class Session:
                            f"steps, {event['data_s'] / event['wall_s']:.1%} waiting for data")
         elif kind == "stopped":
             self.shown.say(f"{size:>5}px stopped at {event['images_seen']:,} images")
-            if not self.signals.asked:
+            if not self.signals.asked and not self.growing:
                 raise RuntimeError("a worker was asked to stop (SIGTERM): its node may be going away")
         return None
 
@@ -191,8 +200,8 @@ class Session:
         """Tells the workers, once, that the driver was asked to stop."""
         if self.signals.asked and self.group and self.asked_at == math.inf:
             self.asked_at = time.monotonic()
-            self.shown.say(f"{signal.Signals(self.signals.asked).name}: writing a checkpoint, then ending; once more "
-                           "ends at once", "yellow")
+            once_more = "; once more ends at once" * (self.signals.asked != signal.SIGALRM)
+            self.shown.say(f"{self.signals.reason}: writing a checkpoint, then ending{once_more}", "yellow")
             self.group.ask_to_stop()
 
     def mend(self, error: Exception, index: int, seen: int) -> bool:
@@ -200,9 +209,11 @@ class Session:
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, NonFinite):
             self.leave_out(cause, seen)
-        elif isinstance(cause, OutOfMemory):
+        elif isinstance(cause, HostMemory) and planning.with_less_ahead(self.run) != self.run:
+            self.keep_less_ahead(cause, index)
+        elif isinstance(cause, HostMemory | OutOfMemory):
             self.take_fewer(cause, index)
-        return isinstance(cause, NonFinite | OutOfMemory)
+        return isinstance(cause, NonFinite | HostMemory | OutOfMemory)
 
     def leave_out(self, error: NonFinite, seen: int) -> None:
         """The images since the checkpoint that training goes back to update nothing when it passes them again."""
@@ -217,7 +228,15 @@ class Session:
         self.shown.say(f"rolled back from {window[1]:,} to {window[0]:,} images, which will update nothing "
                        f"({len(self.term.skipped)} of {ROLL_BACKS} roll-backs)", "red")
 
-    def take_fewer(self, error: OutOfMemory, index: int) -> None:
+    def keep_less_ahead(self, error: HostMemory, index: int) -> None:
+        """Fewer batches and no second state wait in the memory of hosts from now on; kept in config.yaml."""
+        self.run = planning.with_less_ahead(self.run)
+        keep_settings(self.run, self.folder)
+        self.folder.record("less_ahead", resolution=self.run.stages[index].resolution, reason=str(error))
+        self.shown.say("out of memory on a host: from now on data.prefetch=1 and checkpoints.background=false",
+                       "yellow")
+
+    def take_fewer(self, error: OutOfMemory | HostMemory, index: int) -> None:
         """The stage's next smaller micro-batch, kept in config.yaml; batch and stddev groups stay."""
         stage = self.run.stages[index]
         micro = smaller_micro_batch(stage)
@@ -248,19 +267,37 @@ class Session:
             (folder / "images.json").write_text(json.dumps({"images_seen": self.last_tick, "ids": ids.tolist()}))
         return folder
 
-    def join_group(self, index: int) -> None:
-        if self.group and self.grouped_for is not None and planning.same_group(
-                self.run.stages[self.grouped_for], self.run.stages[index]):
-            return
+    def join_group(self, index: int) -> Group:
+        """The workers of a stage: those of the stage before, if they are as it wants them, else new ones."""
+        setting = self.run.stages[index]
+        if (self.group and self.grouped_for is not None and planning.same_group(
+                self.run.stages[self.grouped_for], setting) and self.group.count in planning.worker_counts(setting)
+                and not self.group.could_grow(setting)):
+            return self.group
         self.end_group()
         began = time.monotonic()
-        self.group, self.grouped_for = Group(self.run, index), index
-        self.folder.record("group", workers=self.run.stages[index].workers, seconds=round(time.monotonic() - began, 2))
+        self.group, self.grouped_for = Group(self.run, index, self.evaluations.give_way), index
+        count, nodes = self.group.count, self.group.nodes()
+        self.folder.record("group", workers=count, wanted=setting.workers, nodes=nodes,
+                           seconds=round(time.monotonic() - began, 2))
+        if count < setting.workers or len(set(nodes)) > 1:
+            fewer = f" of the {setting.workers} it may have" * (count < setting.workers)
+            self.shown.say(f"{setting.resolution:>5}px trains with {count} workers{fewer}, on {', '.join(nodes)}")
+        return self.group
 
     def end_group(self) -> None:
+        self.growing = False
         if self.group:
             self.group.end()
             self.group = None
+
+    def grow(self, index: int) -> None:
+        """Has a stage with fewer workers than it may have stop after a step, once there is room for more of them."""
+        if self.group and not self.growing and not self.signals.asked and self.group.could_grow(self.run.stages[index]):
+            self.growing = True
+            self.shown.say(f"{self.run.stages[index].resolution:>5}px there is room for more workers: going on with "
+                           "them from the next checkpoint", "cyan")
+            self.group.ask_to_stop(STOP_TO_GROW)
 
     def newest(self) -> Checkpoint | None:
         newest, damaged = commits.newest_valid(commits.find(self.location)[0])
@@ -279,7 +316,6 @@ def keep_settings(run: Run, folder: RunDir) -> None:
 def say_goodbye(folder: RunDir, shown: Display, signals: Signals) -> None:
     """Once, before anything is shut down that may hang."""
     if signals.leaving is None:
-        name = signal.Signals(signals.asked or signal.SIGINT).name
-        folder.record("stopped", reason=name)
-        shown.say(f"stopped by {name}; the same command goes on", "yellow")
+        folder.record("stopped", reason=signals.reason)
+        shown.say(f"stopped: {signals.reason}; the same command goes on", "yellow")
         signals.leave_within(SECONDS_TO_LEAVE)

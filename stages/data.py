@@ -16,6 +16,7 @@ import queue
 import re
 import tarfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 
 from gradine.configs.schema import ENCODINGS, Data, EnvironmentFault, Run, UserError
-from gradine.stages import growth, order
+from gradine.stages import growth, order, pulse
 from gradine.stages.cache import NoRoom, allocate, locked, make_room, mapped, publish
 from gradine.stages.pixels import decode, suffix
 from gradine.stages.step import Share
@@ -96,6 +97,7 @@ class Images:
         self._ahead = ThreadPoolExecutor(1, "ahead")
         self._asked: list[int] = []
         self._pixels: np.ndarray | None = None  # the mapped cache
+        self.decoding_s = 0.0  # of work in a decode thread, or all of them if they share it
         self.notes: list[str] = []  # what a person should know of, though the images come all the same
         self._threads = decode_threads
         self._refuse_torn_set()
@@ -140,7 +142,9 @@ class Images:
     def decoding(self, ids: np.ndarray) -> Callable[[], np.ndarray]:
         """Begins to decode; what it returns waits for uint8 [len(ids), C, R, R]."""
         if self._pixels is not None:
+            began = time.perf_counter()
             images = self._pixels[ids]
+            self.decoding_s += time.perf_counter() - began
             return lambda: images.transpose(0, 3, 1, 2)
         wait = self._begin(ids, np.empty((len(ids), *self.shape), np.uint8))
         return lambda: wait().transpose(0, 3, 1, 2)
@@ -204,17 +208,18 @@ class Images:
         begun = [self._pool.submit(self._decode, ids[start:end], out[start:end]) for start, end in pairwise(edges)]
 
         def wait() -> np.ndarray:
-            for part in begun:
-                part.result()
+            self.decoding_s += sum([part.result() for part in begun]) / self._threads
             return out
 
         return wait
 
-    def _decode(self, ids: np.ndarray, out: np.ndarray) -> None:
-        """Images `ids` into `out`, uint8 [len(ids), R, R, C]."""
+    def _decode(self, ids: np.ndarray, out: np.ndarray) -> float:
+        """Images `ids` into `out`, uint8 [len(ids), R, R, C]. -> seconds"""
+        began = time.perf_counter()
         numbers = np.searchsorted(self._first, ids, side="right") - 1
         samples = ids - self._first[numbers]
         for place, (shard, sample) in enumerate(zip(numbers.tolist(), samples.tolist(), strict=True)):
+            pulse.at("decode", f"image {sample} of {self._called(shard)}")
             offset, size = self._verified(shard)[sample].tolist()
             with self._open(shard) as file:
                 content = os.pread(file.fileno(), size, offset)
@@ -223,6 +228,8 @@ class Images:
             except Exception as error:  # any decoder may fail in any way
                 raise UserError(f"{self._called(shard)}: image {sample} is no {self.index['encoding']} of this level: "
                                 f"{' '.join(str(error).split())}.") from error
+        pulse.at("")
+        return time.perf_counter() - began
 
     def _called(self, shard: int) -> str:
         return f"shard {self.shards[shard]['file']} of {self.store.shown}"
@@ -373,8 +380,11 @@ def overlapped(begun: Iterator[Callable[[], T]]) -> Iterator[T]:
         yield wait()
 
 
-def prefetch(source: Iterator[T], depth: int = 2) -> Iterator[T]:
-    """The same items, made ahead by a thread; its exception surfaces here. Close the iterator to end the thread."""
+def prefetch(source: Iterator[T], depth: int = 2, patience_s: float | None = None) -> Iterator[T | None]:
+    """The same items, made ahead by a thread; its exception surfaces here. Close the iterator to end the thread.
+
+    None in between whenever `patience_s` have passed without an item.
+    """
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stop = threading.Event()
 
@@ -400,7 +410,11 @@ def prefetch(source: Iterator[T], depth: int = 2) -> Iterator[T]:
     thread.start()
     try:
         while True:
-            more, item = ready.get()
+            try:
+                more, item = ready.get(timeout=patience_s)
+            except queue.Empty:
+                yield None
+                continue
             if more:
                 yield item
             elif item is not None:

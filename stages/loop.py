@@ -1,7 +1,8 @@
 """One stage of training, from a checkpoint to the checkpoint at its end, as one of `workers` processes.
 
-Plain data in, plain data out: settings and paths come in, events (dicts) come out, rank 0's only. Runs the same in a
-test, under torchrun and in a Ray actor: rank and world size are those of the environment, as Accelerate reads them.
+Plain data in, plain data out: settings and paths come in, events (dicts) come out, rank 0's, and each rank's pulses for
+a driver that watches over them. Runs the same in a test, under torchrun and in a Ray actor: rank and world size are
+those of the environment, as Accelerate reads them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from gradine.stages.data import Images, batches, data_digest, prefetch
 from gradine.stages.losses import penalty_divisor
 from gradine.stages.memory import out_of_memory_named
 from gradine.stages.networks import Discriminator, Generator, initialise
+from gradine.stages.pulse import PULSE_S, Pulse
 from gradine.stages.step import Rules, TrainState, new_adam, train_step
 from gradine.stages.stopping import StopFlag, asked, listening
 from gradine.stages.watch import Alarms, Watch
@@ -38,36 +40,41 @@ TICKS_PER_PHASE = 200
 
 
 def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial: str | None = None,
-              term: Term | None = None) -> Iterator[Event]:
+              term: Term | None = None, pulses: bool = False) -> Iterator[Event]:
     """Trains run.stages[stage] from checkpoint `start` to the stage's end, saving below the run folder `out`.
 
     start: a checkpoint inside this stage (goes on exactly there), or at the end of the stage before (grows), or None
     for the first stage. initial: a checkpoint of another run, whose weights new layers take where names match.
     term: the right to commit, and the ranges of images whose steps update nothing.
     Yields events, JSON-ready, as they happen: `note`, `tick`, `alarm`, `checkpoint`, `save_failed`, `save_left_out`,
-    and at last `stage_end` or, after a SIGTERM to any rank, `stopped`. Ranks above 0 yield nothing.
+    and at last `stage_end` or, after a SIGTERM to any rank, `stopped`. Ranks above 0 yield none of these.
+    pulses: every rank also yields, at most once a second, a `pulse` (pulse.py).
     Raises NonFinite and OutOfMemory, which going on from a checkpoint in another way may mend.
     """
     clock = Stopwatch()
     term = term or Term(skipped=commits.describe(start).skipped if start else ())
     try:
         with listening(), out_of_memory_named(run.stages[stage]):
-            yield from _run_stage(run, stage, start, out, initial, term, clock)
+            yield from _run_stage(run, stage, start, out, initial, term, clock, pulses)
     except Exception as error:
         error.add_note(f"stage {run.stages[stage].resolution}px, after images_seen={clock.images_seen:,}")
         raise
 
 
 def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial: str | None, term: Term,
-               clock: Stopwatch) -> Iterator[Event]:
+               clock: Stopwatch, pulses: bool) -> Iterator[Event]:
     setting, schedule = run.stages[stage], growth.schedule(run)
     accelerator = new_accelerator(setting.gpus == 0, setting.workers)
     torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.workers))
     torch.use_deterministic_algorithms(run.training.deterministic)
     state = initial_state(run, stage, start, accelerator.device, initial)
     workers = accelerator.num_processes
+    pulse = Pulse(pulses, setting.batch_size, state.images_seen, device=accelerator.device.type == "cuda")
+    yield from pulse.beat("setup")
+    pulse.at("agree")
     refuse_unequal_starts(accelerator, state)
-    reduce = functools.partial(accelerator.reduce, reduction="sum") if workers > 1 else None
+    pulse.at("setup")
+    reduce = pulse.without(functools.partial(accelerator.reduce, reduction="sum")) if workers > 1 else None
     rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution))
     info = {"resolution": setting.resolution, "data": data_digest(run.data, setting.resolution),
             "skipped": term.skipped, "workers": workers, "micro_batch": setting.micro_batch,
@@ -79,7 +86,7 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
         ahead = batches(run, stage, images, state.images_seen, accelerator.process_index, workers)
         if accelerator.device.type == "cuda":
             ahead = ([share.pinned() for share in shares] for shares in ahead)
-        source = prefetch(ahead, run.data.prefetch)
+        source = prefetch(pulse.making(ahead, lambda: images.decoding_s), run.data.prefetch, patience_s=PULSE_S)
         opened.callback(source.close)  # type: ignore[attr-defined]  # a generator has it
         stop = opened.enter_context(closing(StopFlag(workers)))
         saver = Saver(run, location_of(run, out), term) if accelerator.is_main_process else None
@@ -94,8 +101,9 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
                 state.generator_adam, state.discriminator_adam = (
                     new_adam(net, run) for net in (state.generator, state.discriminator))
             with clock.measure("data"):
-                shares = [share.to(accelerator.device) for share in next(source)]
-            with clock.measure("step"):
+                batch = yield from pulse.next_of(source)
+                shares = [share.to(accelerator.device) for share in batch]
+            with clock.measure("step"), pulse.step():
                 if any(first <= moment.images_seen < last for first, last in term.skipped):
                     state.images_seen += moment.phase.batch_size
                     seen = {}
@@ -106,7 +114,9 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
             tick = run.tick_images or max(1, moment.phase.images // TICKS_PER_PHASE)
             if before // tick != now // tick or now in (moment.phase.end, end):  # on every rank: sums over all of them
                 with clock.measure("log"):
+                    pulse.at("log")
                     seen["non_finite"] = non_finite_count(state)
+                    pulse.at("reduce")
                     summed = accelerator.reduce(torch.stack(list(seen.values())), reduction="sum")
                     figures = dict(zip(seen, summed.tolist(), strict=True))
                     masked = state.masked.tolist()
@@ -120,16 +130,22 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
             if saver:
                 if now == end or before // run.checkpoints.every_images != now // run.checkpoints.every_images:
                     with clock.measure("save"):
+                        pulse.at("write")
+                        if not run.checkpoints.background:
+                            yield from pulse.beat("write")  # nothing is heard from here until it is written
                         saver.save(state, {**info, "phase": moment.phase.kind, "stage_end": now == end})
                         last_saved = now
                 yield from saver.events()
+            pulse.stepped(now)
+            yield from pulse.beat("step")
         stopped = state.images_seen < end
         if saver:
             with clock.measure("save"):
+                pulse.at("save")
                 if stopped and last_saved != state.images_seen:
                     saver.save(state, {**info, "phase": moment.phase.kind, "stage_end": False})
-                while not saver.wait(hurry=stopped or asked(), timeout=1.0):
-                    pass  # a SIGTERM that comes now leaves no time for pauses between tries
+                while not saver.wait(hurry=stopped or asked(), timeout=PULSE_S):
+                    yield from pulse.beat("save")  # a SIGTERM that comes now leaves no time for pauses between tries
             yield from saver.events()
     if accelerator.is_main_process:
         yield {"event": "stopped" if stopped else "stage_end", "resolution": setting.resolution,

@@ -36,6 +36,11 @@ def listening() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
+def listen_to(number: int) -> None:
+    """From now on this process is also asked to stop by signal `number`, whenever it comes."""
+    signal.signal(number, lambda *_: _asked.set())
+
+
 def asked() -> bool:
     """Whether this very process was asked to stop."""
     return _asked.is_set()

@@ -42,9 +42,21 @@ ROWS = {
             "micro-batches and 2 workers, gradients within 1e-6 for other splits"),
     "F13": ("SIGKILL of the workers at random moments",
             "weights, moments, average, clock and the log of image ids are those of the run that was never killed"),
+    "F14": ("a node is killed, a worker's or the head",
+            "the run goes on by itself, or once the head is back by the same command, to the same bits and images"),
     "F15": ("SIGTERM to the driver, Ctrl-C, a stopped job",
             "a checkpoint within the grace period, documented exit codes; the second signal ends it at once"),
     "F16": ("SIGTERM to one worker alone", "all stop after the same step, with one checkpoint"),
+    "F17": ("a worker that is frozen",
+            "found within ray.step_timeout_s and named, the stacks of all saved; a new group goes on from the newest "
+            "checkpoint to the same bits"),
+    "F18": ("a thread that reads images is stuck, holds the interpreter's lock or is killed with its worker",
+            "the reason names worker, shard and image; no image is lost or shown twice"),
+    "F19": ("a worker several times slower than the others", "named within 50 steps, with the phase in which it lags; "
+            "training goes on; no alarm in 1,000 healthy steps"),
+    "F20": ("a node, or the store of checkpoints, is cut off",
+            "a new group goes on; what the cut-off worker still commits does not count; its node joins again by "
+            "itself and is used"),
     "F22": ("an allocator without memory",
             "the micro-batch is halved; batch and stddev groups stay; the choice is kept"),
     "F23": ("the same step fails again and again", "it stops with its own exit code and leaves what is known of it"),
@@ -67,7 +79,14 @@ ROWS = {
     "F34": ("shards that are missing, swapped or edited", "refused; the order does not depend on the listing"),
     "F35": ("resuming at any batch of any epoch, while batches are prefetched",
             "every image once an epoch, in the same order"),
+    "F36": ("no token, a wrong one, one that others can read; ports open to other machines",
+            "401 and 403 on the dashboard and its jobs; no Ray is joined or started that lets in whoever reaches it"),
+    "F37": ("other runs and Rays on the same machine are killed, stopped and ended",
+            "none touches another; nothing is ended by its name"),
     "F38": ("secrets in the environment and in URLs", "in no file of the run, no log, no message"),
+    "F40": ("a night that starts while the last one still runs, or is missed; a tracker or webhook that hangs or fails",
+            "the second refuses or waits its turn; the next one goes on to the same bits; no step waits; a night after "
+            "the run's end changes nothing"),
 }
 
 

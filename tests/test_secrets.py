@@ -114,6 +114,7 @@ def test_what_urls_keep_secret_is_struck_out_and_nothing_else(text: str, shown: 
     ("HF_TOKEN", True), ("WANDB_API_KEY", True), ("AWS_SECRET_ACCESS_KEY", True), ("RAY_AUTH_TOKEN", True),
     ("openai_apikey", True), ("DB_PASSWORD", True), ("AWS_WEB_IDENTITY_TOKEN_FILE", False),
     ("GOOGLE_APPLICATION_CREDENTIALS", False), ("HOSTNAME", False), ("KEYBOARD", False), ("SMTP_PASS", True),
+    ("GRADINE_WEBHOOK", True),
     ("AZURE_CREDENTIALS", True), ("PROXY_AUTH", True), ("BYPASS", False), ("GIT_ASKPASS", False), ("OAUTH", False)])
 def test_values_of_secret_variables_are_struck_out_wherever_they_stand(
         monkeypatch: pytest.MonkeyPatch, name: str, secret: bool) -> None:

@@ -17,9 +17,9 @@ import pytest
 
 from gradine.configs.schema import EnvironmentFault, Run, UserError
 from gradine.pipeline import driver
-from gradine.pipeline.cluster import terminate_on
+from gradine.pipeline.cluster import send_signal, task_on
 from gradine.pipeline.display import Display
-from gradine.pipeline.plan import with_smaller_micro_batches
+from gradine.pipeline.plan import within_memory
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.session import Session, keep_settings
 from gradine.pipeline.signals import Signals, Stopped
@@ -83,7 +83,7 @@ def test_f22_a_micro_batch_that_did_not_fit_is_not_tried_again_though_the_comman
               {"event": "micro_batch", "resolution": 8, "was": 8, "now": 4}]
     for given, used in ((16, 4), (8, 4), (4, 4), (0, 0)):
         run = tiny_run({"stages.*.batch_size": 16, "stages.*.micro_batch": given})
-        assert [stage.micro_batch for stage in with_smaller_micro_batches(run, ledger).stages] == [given, used]
+        assert [stage.micro_batch for stage in within_memory(run, ledger).stages] == [given, used]
 
 
 def test_f11_settings_are_compared_where_the_checkpoints_lie_though_the_run_folder_is_new(
@@ -102,8 +102,9 @@ def test_f11_settings_are_compared_where_the_checkpoints_lie_though_the_run_fold
 
 def test_f15_a_worker_on_another_node_is_told_by_a_task_there(ray_cluster: Any) -> None:
     """SIGTERM to the driver of a group without a worker on its own node"""
+    here = ray_cluster.get_runtime_context().get_node_id()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as worker:
-        ray_cluster.get(terminate_on(ray_cluster.get_runtime_context().get_node_id(), worker.pid))
+        ray_cluster.get(task_on(here, send_signal, worker.pid, signal.SIGTERM))
         assert worker.wait(30) == -signal.SIGTERM
 
 
