@@ -287,7 +287,7 @@ class Cluster:
     address: str = ""  # "": RAY_ADDRESS if set, else a Ray of our own on this machine; `auto` joins the node's cluster
     group_timeout_s: float = 300.0  # to wait for a stage's workers to be placed
     grace_s: float = 25.0  # after SIGTERM or Ctrl-C, to end the step and write a checkpoint
-    step_timeout_s: float = 600.0  # a worker that gets no further for so long hangs: its group is started again
+    step_timeout_s: float = 900.0  # a worker that gets no further for so long hangs: its group is started again
     setup_timeout_s: float = 3600.0  # the same before its first step: decoding a level into the cache takes long
     trust_network: bool = False  # True: also work with a Ray that asks for no token beyond this machine
 
@@ -337,6 +337,10 @@ class Run:
                                         f"Use one of: {', '.join(choices)}.")
         for stage in self.stages:
             check_shares(stage)
+        require("://" not in self.data.shards or self.data.deadline_s < self.ray.step_timeout_s,
+                f"data.deadline_s={self.data.deadline_s:g} for a file of {self.data.shards} is not below "
+                f"ray.step_timeout_s={self.ray.step_timeout_s:g}: workers that wait for it would be taken for hung. "
+                "Raise that too.")
 
     @property
     def final_resolution(self) -> int:

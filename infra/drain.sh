@@ -21,10 +21,25 @@ trains() {  # pids of workers and drivers; not of the shell around a driver, who
 
 runs() { [[ -n $(tr -d '\0' 2>/dev/null < "/proc/$1/cmdline") ]]; }  # a zombie's is empty
 
+raylets() {  # "NODE HEAD:PORT" of each Ray that this user runs here: there may be others, which are not to be drained
+  local folder command
+  for folder in /proc/[0-9]*; do
+    [[ -O $folder ]] || continue
+    command=$(tr '\0' ' ' 2>/dev/null < "$folder/cmdline") || continue
+    if [[ $command =~ ^[^\ ]*raylet\  && $command =~ \ --node_id=([0-9a-f]+)\  ]]; then
+      local node=${BASH_REMATCH[1]}
+      [[ ! $command =~ \ --gcs-address=([^\ ]+)\  ]] || echo "$node ${BASH_REMATCH[1]}"
+    fi
+  done
+}
+
 seconds=${1:-60}
-# Without an answer, as on a head or a node already cut off, the rest still holds.
-timeout 15 ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "gradine's drain.sh" \
-  --deadline-remaining-seconds "$seconds" >/dev/null 2>&1 || true
+# Without an answer, as on a node already cut off, the rest still holds.
+while read -r node head; do
+  timeout 15 ray drain-node --address "$head" --node-id "$node" --reason DRAIN_NODE_REASON_PREEMPTION \
+    --reason-message "gradine's drain.sh" --deadline-remaining-seconds "$seconds" </dev/null >/dev/null ||
+    echo "drain.sh: the head at $head did not take this node out; Ray may start more here" >&2
+done < <(raylets)
 asked=$(trains)
 for pid in $asked; do
   kill -TERM "$pid" 2>/dev/null || true

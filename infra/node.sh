@@ -64,9 +64,10 @@ trap 'ended=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM 
 run() {  # a command, to its end, while signals are heard
   "$@" &
   child=$!
-  local code=0
-  while kill -0 "$child" 2>/dev/null; do
+  local code
+  while true; do  # waited for first: of a child that has ended already, `wait` alone still knows the code
     wait "$child" && code=0 || code=$?
+    kill -0 "$child" 2>/dev/null || break
   done
   child=
   return "$code"

@@ -24,7 +24,8 @@ export GRADINE_CPUS=${SLURM_CPUS_ON_NODE:-} GRADINE_GPUS=${SLURM_GPUS_ON_NODE:-}
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export GRADINE_HEAD=${nodes[0]}:$GRADINE_PORT  # this script runs there
-step=(srun --overlap --ntasks-per-node=1 --cpu-bind=none)  # none: Ray's workers share all cores, not the first
+# Bound to no core: Ray's workers share all of them. No MPI: from its PMI_SIZE a lone worker would take itself for many.
+step=(srun --overlap --ntasks-per-node=1 --cpu-bind=none --mpi=none)
 
 trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 "${step[@]}" --nodes=1 --nodelist="${nodes[0]}" infra/head.sh >> "$folder/head.log" 2>&1 &

@@ -11,7 +11,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/node.sh"
 
 [[ ${GRADINE_HEAD:-} == *:* ]] ||
   refuse "GRADINE_HEAD='${GRADINE_HEAD:-}' is not host:port of the head, e.g. 10.0.0.1:6379."
-head_answers() { run timeout 5 bash -c "exec 3<>/dev/tcp/${GRADINE_HEAD%:*}/${GRADINE_HEAD##*:}" 2>/dev/null; }
+host=${GRADINE_HEAD%:*}
+host=${host#[}  # of [2001:db8::1]:6379
+host=${host%]}
+head_answers() { run timeout 5 bash -c "exec 3<>/dev/tcp/$host/${GRADINE_HEAD##*:}" 2>/dev/null; }
 
 wait_for_head() {
   require_token

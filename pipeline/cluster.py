@@ -11,6 +11,7 @@ import functools
 import ipaddress
 import math
 import os
+import re
 import secrets
 import signal
 import socket
@@ -29,13 +30,17 @@ from gradine.pipeline import plan as planning
 from gradine.pipeline.plan import Plan
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.watchdog import Hang, Lost, Stragglers, Watchdog, Witness, verdict
-from gradine.stages.pulse import first_pulse, keep_record, look_at, stacks_of
+from gradine.stages.pulse import first_pulse, keep_record, last_stacks, look_at
 
 T = TypeVar("T")
+# What a scheduler or launcher around Ray leaves in the environment, and Accelerate would believe.
+FOREIGN_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "PMI_RANK",
+                 "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK")
+RAYS_NAMES = re.compile(r"\s*(class_name|actor_id|pid|name|namespace|ip):")  # lines of its errors that help nobody
 SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
 PLACING_S = 5.0  # to place so many workers before fewer are tried
 PROBE_S = 1.0  # to place those that a group could grow by: training goes on meanwhile
-SECONDS_TO_ANSWER = 6.0  # for a worker's node that is asked what it sees of it: a process starts there
+SECONDS_TO_ANSWER = 15.0  # for a worker's node that is asked what it sees of it: a process starts there
 STOP_TO_GROW = signal.SIGUSR2  # unlike SIGTERM it ends no worker that is just between two stages
 SECONDS_TO_END = 10.0  # for the other workers, once one has failed; one that hangs is ended by force
 
@@ -171,6 +176,9 @@ def unplaceable(run: Run, stages: Iterable[int], nodes: list[dict[str, Any]]) ->
     there = {kind: sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"]) for kind in ("CPU", "GPU")}
     have = f"Ray has {len([node for node in nodes if node['Alive']])} nodes with {there['CPU']:g} CPUs and " \
            f"{there['GPU']:g} GPUs"
+    if not evaluation_fits(run, nodes):
+        return (f"evaluation.cpus={run.evaluation.cpus:g} and .gpus={run.evaluation.gpus:g} fit on no single node: "
+                f"{have}. Lower them.")
     taken = {"CPU": 0.0, "GPU": 0.0}
     for stage in (run.stages[index] for index in stages):
         fewest, room = planning.worker_counts(stage)[-1], most_placeable(stage, nodes)
@@ -185,6 +193,12 @@ def unplaceable(run: Run, stages: Iterable[int], nodes: list[dict[str, Any]]) ->
             return (f"evaluation.{kind.lower()}s={wanted:g} does not fit beside the training's {beside:g}: {have}. "
                     "Lower it, or set evaluation.when=end.")
     return ""
+
+
+def evaluation_fits(run: Run, nodes: Iterable[dict[str, Any]]) -> bool:
+    """Whether a node could hold an evaluation, were it idle."""
+    asked = {"CPU": run.evaluation.cpus, "GPU": run.evaluation.gpus}
+    return any(node["Alive"] and all(node["Resources"].get(kind, 0) >= asked[kind] for kind in asked) for node in nodes)
 
 
 class Worker:
@@ -209,7 +223,9 @@ class Worker:
         if interface := interface_of(ray.util.get_node_ip_address()):
             # else gloo takes the address that this host's name stands for: often loopback, of no use to other nodes
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without the = also eth01 for eth0
+        for name in FOREIGN_RANKS:
+            os.environ.pop(name, None)
         if workers > 1:  # LOCAL_RANK picks the GPU, and Ray shows each actor its own one alone
             os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(workers),
                               MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
@@ -241,8 +257,9 @@ class HostMemory(Lost):
     """A worker was ended because its host ran out of memory."""
 
 
-def send_signal(pid: int, number: int) -> None:  # Ray takes no built-in function
-    os.kill(pid, number)
+def send_signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):  # it has ended: whoever watches it tells why
+        os.kill(pid, number)
 
 
 def task_on(node: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -255,10 +272,10 @@ def task_on(node: str, function: Callable[..., Any], *arguments: Any) -> Any:
     return task.options(scheduling_strategy=placed_there, runtime_env=worker_environment(1)).remote(*arguments)
 
 
-def node_alive(node: str) -> bool:
+def living_nodes() -> frozenset[str]:
     import ray
 
-    return any(one["NodeID"] == node and one["Alive"] for one in ray.nodes())
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
 def whereabouts() -> tuple[str, int]:
@@ -269,7 +286,13 @@ def whereabouts() -> tuple[str, int]:
 
 
 def interface_of(address: str) -> str:
-    """The network interface that has an IPv4 address; "" if none, or if only Linux could tell."""
+    """The network interface that has an address; "" if none, or if only Linux could tell."""
+    if ":" in address:
+        with suppress(OSError, ValueError):
+            wanted = ipaddress.ip_address(address).exploded.replace(":", "")
+            rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+            return next((row[-1] for row in rows if row[0] == wanted), "")
+        return ""
     for _, name in socket.if_nameindex():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking, suppress(OSError):  # it may have no address
             answer = fcntl.ioctl(asking, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
@@ -293,25 +316,27 @@ def most_placeable(stage: Stage, nodes: Iterable[dict[str, Any]]) -> int:
     return max(each, default=0) if stage.placement == "STRICT_PACK" else sum(each)
 
 
-def place(stage: Stage, timeout_s: float, make_room: Callable[[], None]) -> tuple[Any, int]:
+def place(stage: Stage, timeout_s: float, crowded: Callable[[str], None]) -> tuple[Any, int]:
     """A placement group for as many workers as the cluster has room for, the most that `stage` may have at best.
 
-    Where there is none at once, `make_room` is called, and room for the fewest it may have is waited for.
-    EnvironmentFault if that does not come in time.
+    Where there is none soon, `crowded` is told, and room for the fewest it may have is waited for. EnvironmentFault if
+    that does not come in time.
     """
     import ray
 
-    if placement := placed(stage, stage.workers, PROBE_S):
-        return placement, stage.workers
-    make_room()
-    counts, until = planning.worker_counts(stage), time.monotonic() + timeout_s
+    counts, until, told = planning.worker_counts(stage), time.monotonic() + timeout_s, False
     while (left := until - time.monotonic()) > 0:
         room = most_placeable(stage, ray.nodes())
         for count in [count for count in counts if count <= room] or counts[-1:]:
             # Fewer are tried soon: what is taken now may stay so, and a node that died is counted for a while.
-            patience = left if len(counts) == 1 else PLACING_S
-            if placement := placed(stage, count, min(left, patience)):
+            if placement := placed(stage, count, min(left if told else left / 2, PLACING_S)):
                 return placement, count
+            if not told:
+                told = True
+                crowded(f"{stage.resolution:>5}px waits for {counts[-1]} workers of {bundle_text(stage)} each "
+                        f"({stage.placement}): all nodes together have room for {room}, not all of it free; up to "
+                        f"ray.group_timeout_s={timeout_s:g}")
+                break  # from the most again: there may be room now
     raise EnvironmentFault(f"stage {stage.resolution}px: {counts[-1]} workers of {bundle_text(stage)} each "
                            f"({stage.placement}) could not be placed within ray.group_timeout_s={timeout_s:g}. Is the "
                            "cluster busy, or a node down?")
@@ -339,8 +364,8 @@ def bundle_text(stage: Stage) -> str:
 class Group:
     """A stage's workers: placed, joined, asked to train, ended. `run` is the run as this many workers train it."""
 
-    def __init__(self, run: Run, stage: int, make_room: Callable[[], None] = lambda: None) -> None:
-        self.placement, self.count = place(run.stages[stage], run.ray.group_timeout_s, make_room)
+    def __init__(self, run: Run, stage: int, crowded: Callable[[str], None] = lambda _: None) -> None:
+        self.placement, self.count = place(run.stages[stage], run.ray.group_timeout_s, crowded)
         self.run = planning.with_workers(run, stage, self.count)
         self.workers: list[Any] = []
         try:
@@ -360,10 +385,16 @@ class Group:
         self.workers = [
             actor.options(scheduling_strategy=Placed(self.placement, index), runtime_env=environment).remote()
             for index in range(setting.workers)]
-        master = ray.get(self.workers[0].address.remote())
-        ray.get([worker.join.remote(rank, setting.workers, master) for rank, worker in enumerate(self.workers)])
-        self.places = self.call(whereabouts)
-        self.kills = dict(enumerate(self.call(memory_kills)))
+        limit_s = self.run.ray.group_timeout_s
+        try:
+            master = ray.get(self.workers[0].address.remote(), timeout=limit_s)
+            ray.get([worker.join.remote(rank, setting.workers, master) for rank, worker in enumerate(self.workers)],
+                    timeout=limit_s)
+            self.places = self.call(whereabouts, timeout=limit_s)
+            self.kills = dict(enumerate(self.call(memory_kills, timeout=limit_s)))
+        except ray.exceptions.GetTimeoutError as error:
+            raise Lost(f"a worker of {setting.resolution}px gave no answer while its group started, within "
+                       f"ray.group_timeout_s={limit_s:g}: its node died, or it is frozen") from error
 
     def nodes(self) -> list[str]:
         """The address of each worker's node, by rank."""
@@ -376,18 +407,22 @@ class Group:
         """Whether there is room by now for more workers of `stage`, which is this group's as configured."""
         import ray
 
-        room = most_placeable(stage, ray.nodes())
+        nodes = ray.nodes()
+        room = most_placeable(stage, nodes)
+        if stage.placement == "STRICT_SPREAD":  # the probe is a group of its own, which may share a node with this one
+            ours = {place[0] for place in self.places}
+            room = self.count + most_placeable(stage, [node for node in nodes if node["NodeID"] not in ours])
         more = [count for count in planning.worker_counts(stage) if self.count < count <= room]
         if not more or not (probe := placed(stage, more[-1] - self.count, PROBE_S)):
             return False
         ray.util.remove_placement_group(probe)
         return True
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def call(self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None) -> list[Any]:
         """function(*arguments) in every worker; the answers by rank."""
         import ray
 
-        return ray.get([worker.call.remote(function, *arguments) for worker in self.workers])
+        return ray.get([worker.call.remote(function, *arguments) for worker in self.workers], timeout=timeout)
 
     def events(self, run: Run, stage: int, start: str | None, out: str, *more: Any,
                idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
@@ -421,7 +456,7 @@ class Group:
                 self.refuse_hang(doubt, out)
 
     def refuse_hang(self, doubt: str, out: str) -> None:
-        """Hang, after what is known of each rank was written into crashes/hang/<n> of run folder `out`.
+        """Ends the workers and raises Hang; what is known of each rank is then in crashes/hang/<n> of folder `out`.
 
         Where there is no more than a doubt, only if a worker's process is found stopped.
         """
@@ -430,10 +465,10 @@ class Group:
         if doubt == "look" and not any(one.stopped for one in witnesses):
             return
         stacks: dict[int, str] = {}
-        for stopped in (False, True):  # these last: one must run on to write its stacks, and then so do the others
-            stacks |= self.beside(stacks_of, {one.rank: (one.pid, self.watchdog.records[one.rank]) for one in witnesses
-                                              if one.sight and one.stopped == stopped
-                                              and self.watchdog.records[one.rank]})
+        for stopped in (False, True):  # these last: they must run on to write theirs, and then so would the others
+            stacks |= self.beside(last_stacks, {one.rank: (one.pid, self.watchdog.records[one.rank])
+                                                for one in witnesses if one.sight and one.stopped == stopped
+                                                and self.watchdog.records[one.rank]})
         folder = RunDir(out).numbered("crashes/hang")
         with suppress(OSError):  # a disk that is full is no reason to let them hang
             folder.mkdir(parents=True)
@@ -475,11 +510,11 @@ class Group:
             return error
         node, pid = self.places[rank]
         record = self.watchdog.records[rank]
-        sight = self.beside(look_at, {rank: (pid, record)}).get(rank) if record and node_alive(node) else None
+        sight = self.beside(look_at, {rank: (pid, record)}).get(rank) if record and node in living_nodes() else None
         at = "; ".join(map(str, sight.lines)) if sight else ""
         who = f"rank {rank} (node {self.nodes()[rank]}, pid {pid})"
         at = f", at {at}" if at else ""
-        text = " ".join(str(error).split())
+        text = " ".join(line.strip() for line in str(error).splitlines() if not RAYS_NAMES.match(line))
         if "low on memory" in text or self.memory_killed(rank):  # by Ray, by the kernel
             return HostMemory(f"{who} was ended because its host ran out of memory{at}: {text}")
         return Lost(f"{who} died{at}: {text}")
@@ -489,7 +524,7 @@ class Group:
         from gradine.stages.memory import memory_kills
 
         before = self.kills.get(rank)
-        now = self.beside(memory_kills, {rank: ()}).get(rank) if node_alive(self.places[rank][0]) else None
+        now = self.beside(memory_kills, {rank: ()}).get(rank) if self.places[rank][0] in living_nodes() else None
         return before is not None and now is not None and now > before
 
     def last_words(self, error: Exception, others: dict[Any, int]) -> Generator[dict[str, Any], None, Exception]:
@@ -521,7 +556,7 @@ class Group:
         here = ray.get_runtime_context().get_node_id()
         node, pid = next((place for place in self.places if place[0] == here), self.places[0])
         if node == here:
-            os.kill(pid, number)
+            send_signal(pid, number)
         else:
             task_on(node, send_signal, pid, number)
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from gradine.configs.schema import Run
-from gradine.pipeline.cluster import one_line, worker_environment
+from gradine.configs.schema import EnvironmentFault, Run
+from gradine.pipeline.cluster import evaluation_fits, one_line, worker_environment
 from gradine.pipeline.display import Board, Display
 from gradine.pipeline.run_dir import RunDir
 from gradine.stages import commits, growth
@@ -29,6 +29,7 @@ class Evaluations:
         self.run, self.folder, self.shown, self.board = run, folder, shown, board
         self.running: dict[Any, tuple[commits.Checkpoint, float]] = {}
         self.waiting: list[commits.Checkpoint] = []
+        self.tried: set[str] = set()  # names of all that this session has started
 
     def pending(self) -> set[str]:
         """Names of the checkpoints that wait or are being measured: retention must leave them."""
@@ -36,13 +37,14 @@ class Evaluations:
 
     def start_missing(self) -> None:
         """Stage ends on disk that have no figures yet, e.g. because the last session was killed while measuring."""
-        measured = {row["checkpoint"] for row in self.folder.lines("metrics.jsonl")}
+        measured = {row["checkpoint"] for row in self.folder.lines("metrics.jsonl")} | self.tried
         for found in commits.find(location_of(self.run, self.folder.path))[0]:
             if found.stage_end and found.name not in measured:
                 self.start(found)
 
     def start(self, of: commits.Checkpoint) -> None:
         """Now, or when the one before it has ended: more than one would take the places of the training's workers."""
+        self.tried.add(of.name)
         self.waiting.append(of)
         late = [one for one in self.waiting if not one.stage_end]
         for left_out in late[:-MOST_WAITING]:  # else they, and the checkpoints kept for them, pile up
@@ -68,11 +70,12 @@ class Evaluations:
         """Ends the one under way, to start again later: the training's workers found no place beside it."""
         import ray
 
-        for ref, (of, _) in self.running.items():
-            ray.cancel(ref, force=True)
-            self.waiting.insert(0, of)
-            self.shown.say(f"evaluation of {of.name} gives way to the training, and starts again later", "yellow")
-        self.running.clear()
+        for ref in [*self.running]:
+            if not ray.wait([ref], timeout=0)[0]:  # else it is done, and only to be collected
+                ray.cancel(ref, force=True)
+                of, _ = self.running.pop(ref)
+                self.waiting.insert(0, of)
+                self.shown.say(f"evaluation of {of.name} gives way to the training, and starts again later", "yellow")
 
     def collect(self, wait_s: float = 0.0) -> None:
         """Takes in the evaluations that ended. One that failed leaves a line with its reason; training goes on."""
@@ -107,10 +110,20 @@ class Evaluations:
 
     def finish(self) -> None:
         """Waits for the evaluations still running; with evaluation.when=end they only start now."""
-        if self.run.evaluation.when == "end":
-            self.start_missing()
+        import ray
+
+        self.start_missing()
+        if self.pending():
+            self.shown.say(f"trained; waiting for {len(self.pending())} evaluations")
+        fitted = time.monotonic()
         while self.running or self.waiting:
             self.collect(wait_s=1.0)
+            if evaluation_fits(self.run, ray.nodes()):
+                fitted = time.monotonic()
+            elif time.monotonic() - fitted > self.run.ray.group_timeout_s:
+                raise EnvironmentFault(f"{len(self.pending())} evaluations have no place: no node with evaluation.cpus="
+                                       f"{self.run.evaluation.cpus:g} and .gpus={self.run.evaluation.gpus:g} is left. "
+                                       "The training is done; the same command measures once there is one.")
 
 
 def evaluate_beside(run: Run, path: str, out: str, threads: int) -> list[dict[str, Any]]:

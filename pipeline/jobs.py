@@ -7,6 +7,7 @@ own configuration: nothing is installed on a node, its image has what gradine de
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import logging
 import math
@@ -17,8 +18,10 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
+import zoneinfo
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,6 +45,7 @@ SERVER = "http://127.0.0.1:8265"
 NAME = "gradine_run"  # the key of a job's metadata that holds its run's name
 TRAVELS = {".py", ".typed", ".yaml", ".md", ".zip", ".jinja"}
 LIMIT = 5_000_000  # bytes that a job may bring along
+FULL = {errno.ENOSPC, errno.EDQUOT}
 SECONDS_TO_STOP = 30  # beyond ray.grace_s, until Ray kills a job that was asked to stop: ending Ray, a last report
 SECONDS_TO_ACCEPT = 60.0  # a head that was just started answers before it can take jobs
 SECONDS_LOST = 120.0  # without an answer, until a job is no longer followed
@@ -53,21 +57,23 @@ def submit(config: str, settings: list[str], options: list[str], address: str, d
     run = load(config, settings)
     refuse_relative(relative_paths(run))
     refuse_secrets(run, settings)
-    with asking(address) as client:
-        with tempfile.TemporaryDirectory(prefix="gradine-") as folder:
-            command = ["python", "-m", "gradine.pipeline", "run", pack(find_recipe(config), Path(folder)), *settings]
+    with ExitStack() as until_sent:
+        folder = until_sent.enter_context(tempfile.TemporaryDirectory(prefix="gradine-"))
+        command = ["python", "-m", "gradine.pipeline", "run", packed(find_recipe(config), Path(folder)), *settings]
+        with asking(address) as client:
             job = accepted(client, run, shlex.join([*command, *options]), folder, "--until" in options)
-        where = f" --address {shlex.quote(address)}" if address else ""
-        ways = f"gradine logs {job} --follow{where}\ngradine stop {job}{where}\ngradine status{where}"
-        print(f"submitted {job} to {client.get_address()}", flush=True)
-        if detach:
-            print(ways)
-            return 0
-        try:
-            return outcome(asyncio.run(follow(client, job)))
-        except KeyboardInterrupt:
-            print(f"\n{job} goes on without this terminal:\n{ways}")
-            return 130
+            until_sent.close()
+            where = f" --address {shlex.quote(address)}" if address else ""
+            ways = f"gradine logs {job} --follow{where}\ngradine stop {job}{where}\ngradine status{where}"
+            print(f"submitted {job} to {client.get_address()}", flush=True)
+            if detach:
+                print(ways)
+                return 0
+            try:
+                return outcome(asyncio.run(follow(client, job)))
+            except KeyboardInterrupt:
+                print(f"\n{job} goes on without this terminal:\n{ways}")
+                return 130
 
 
 def status(wanted: str, address: str) -> None:
@@ -165,6 +171,16 @@ def pack(config: Path, folder: Path) -> str:
     return name
 
 
+def packed(config: Path, folder: Path) -> str:
+    """As `pack`; what this machine's disk refuses is told of it, not of the cluster."""
+    try:
+        return pack(config, folder)
+    except OSError as error:
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # of what may be many files, the first
+        raise EnvironmentFault(f"a job's files could not be copied to {folder} on this machine: {why}. Make room "
+                               "there, or set TMPDIR to a folder that has some.") from error
+
+
 def _what_stays(folder: str, names: list[str]) -> list[str]:
     """Of a folder of gradine: everything but packages and the kinds of files that belong to one."""
     def travels(path: Path) -> bool:
@@ -177,8 +193,7 @@ def accepted(client: Any, run: Run, command: str, folder: str, by_the_clock: boo
     # Ray kills a job 3 s after asking it to stop, unless this is set
     environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(run.ray.grace_s) + SECONDS_TO_STOP)}
     if by_the_clock:  # the submitter's, not the node's: containers keep UTC
-        zone = time.strftime("%z")
-        environment["TZ"] = f"<{zone}>{'-' if zone[0] == '+' else '+'}{zone[1:3]}:{zone[3:]}"
+        environment["TZ"] = clock()
     until = time.monotonic() + SECONDS_TO_ACCEPT
     while True:
         job = f"gradine-{re.sub(r'[^A-Za-z0-9_.-]+', '-', run.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -190,6 +205,21 @@ def accepted(client: Any, run: Run, command: str, folder: str, by_the_clock: boo
             if time.monotonic() > until or not re.search("No available agent|already exists", str(error)):
                 raise
         time.sleep(1.0)
+
+
+def clock() -> str:
+    """This process's local time as a TZ that holds on every node, in the night of a clock change, too.
+
+    A name such as Europe/Berlin means UTC, without a word, where a node has no zone database: its rule is sent instead,
+    which is the last line of its file (RFC 9636, section 3.3).
+    """
+    name = os.environ.get("TZ", "").lstrip(":")
+    for file in [Path(folder, name) for folder in zoneinfo.TZPATH] if name else [Path("/etc/localtime")]:
+        with suppress(OSError):
+            if rule := file.read_bytes().removesuffix(b"\n").rpartition(b"\n")[2].decode("ascii", "ignore"):
+                return rule
+    zone = time.strftime("%z")
+    return name or f"<{zone}>{'-' if zone[0] == '+' else '+'}{zone[1:3]}:{zone[3:]}"
 
 
 # What is heard ------------------------------------------------------------------------------------------------------
@@ -220,12 +250,21 @@ def asking(address: str) -> Iterator[Any]:
                         "RAY_AUTH_TOKEN_PATH names (default ~/.ray/auth_token, mode 600).") from error
     except (UserError, EnvironmentFault):
         raise
-    except RuntimeError as error:  # its answer is an error, with a traceback from there
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        if not _by_the_client(error) or getattr(error, "errno", None) in FULL:  # it packs here
+            raise
+        if not isinstance(error, RuntimeError):
+            raise EnvironmentFault(_silent(url, error)) from error
+        # the dashboard's answer is an error, with a traceback from there
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise EnvironmentFault(f"the Ray dashboard at {url} failed: {' ... '.join({said[0]: 0, said[-1]: 0})[:300]}. "
                                "Its reasons are in dashboard_JobHead.log on the head node.") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise EnvironmentFault(_silent(url, error)) from error
+
+
+def _by_the_client(error: Exception) -> bool:
+    """Whether it came out of Ray's client: an error of our own says nothing of a dashboard."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("ray.") for frame, _ in frames)
 
 
 def _silent(url: str, error: Exception) -> str:
@@ -307,7 +346,7 @@ async def follow(client: Any, job: str, shown: int = 0) -> Any:
 
     async def tail() -> None:
         nonlocal shown
-        while True:  # a connection that broke begins again with the first line
+        while True:  # a connection that broke begins again with the first line; one that ended has told all
             passed = 0
             with suppress(OSError, RuntimeError, ClientError):
                 async for text in client.tail_job_logs(job):
@@ -315,6 +354,7 @@ async def follow(client: Any, job: str, shown: int = 0) -> Any:
                     passed += len(text)
                     shown = max(shown, passed)
                     show(new)
+                return
             await asyncio.sleep(POLL_S)
 
     tailing = asyncio.create_task(tail())

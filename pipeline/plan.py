@@ -98,7 +98,7 @@ def within_memory(run: Run, ledger: Iterable[dict[str, Any]]) -> Run:
             stages = [replace(stage, micro_batch=line["now"]) if (stage.resolution, stage.micro_batch)
                       == (line["resolution"], line["was"]) else stage for stage in run.stages]
             run = replace(run, stages=stages)
-        elif line["event"] == "less_ahead":
+        elif line["event"] == "less_ahead" and line["was"] == [run.data.prefetch, run.checkpoints.background]:
             run = with_less_ahead(run)
     return run
 

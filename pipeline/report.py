@@ -349,6 +349,11 @@ def _interruptions(ledger: list[Line]) -> Iterable[tuple[float, str, str]]:
             case "micro_batch":
                 yield line["time"], "out of memory", (f"{line['resolution']} px: micro_batch {line['was']} -> "
                                                       f"{line['now']}: {line['reason']}")
+            case "less_ahead":
+                yield line["time"], "out of memory", f"less is kept ahead from now on: {line['reason']}"
+            case "group" if line["workers"] < line.get("wanted", 0):
+                yield line["time"], "fewer workers", (f"{line['workers']} of {line['wanted']} had a place, on "
+                                                      f"{', '.join(line['nodes'])}")
             case "save_failed":
                 yield line["time"], "save failed", (f"checkpoint at {line['images_seen']:,} images, {line['failures']} "
                                                     f"in a row: {line['reason']}")

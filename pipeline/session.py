@@ -15,7 +15,7 @@ from typing import Any
 
 from gradine.configs.schema import CrashLoop, Diverged, EnvironmentFault, Run, dump, redacted
 from gradine.pipeline import plan as planning
-from gradine.pipeline.cluster import STOP_TO_GROW, Group, HostMemory, one_line
+from gradine.pipeline.cluster import STOP_TO_GROW, Group, HostMemory, living_nodes, one_line
 from gradine.pipeline.display import Board, Display, duration
 from gradine.pipeline.evaluations import Evaluations, best_checkpoints
 from gradine.pipeline.lock import Held
@@ -33,6 +33,10 @@ ROLL_BACKS = 3  # of one run's lineage
 SECONDS_TO_LEAVE = 10.0  # for Ray's end after a signal, once a checkpoint is written
 
 
+class NodeLeaves(RuntimeError):
+    """A worker was asked to stop, and not by us. All wrote a checkpoint; they go on elsewhere."""
+
+
 class Session:
     """One driver's work on a run: stages in order, evaluations beside them."""
 
@@ -45,6 +49,8 @@ class Session:
         self.group: Group | None = None
         self.grouped_for: int | None = None
         self.growing = False  # the workers were asked to stop, to go on with more
+        self.growing_from = 0  # how many they were
+        self.grew_not_on: frozenset[str] = frozenset()  # the nodes on which a group that could grow did not
         self.asked_at = math.inf  # when the workers were told to stop
         self.last_tick = self.furthest = 0
         self.errors: list[str] = []  # since the furthest checkpoint so far
@@ -56,8 +62,6 @@ class Session:
 
     def train(self, plan: planning.Plan) -> None:
         """Every stage of the plan; a failed one goes on from the newest valid checkpoint."""
-        if self.run.evaluation.when != "end":
-            self.evaluations.start_missing()
         start, stages, self.furthest = plan.start, list(plan.stages), plan.images_seen
         try:
             while stages:
@@ -65,7 +69,8 @@ class Session:
                     start = self.stage(stages[0], start)
                     if start.images_seen == self.schedule.stage_span(stages[0])[1]:
                         stages.pop(0)
-                    self.errors = []
+                    if start.images_seen > self.furthest:
+                        self.furthest, self.errors = start.images_seen, []
                 except Exception as error:
                     reason = one_line(error)
                     self.end_group()
@@ -115,18 +120,21 @@ class Session:
         self.folder.record("stage_start", resolution=self.run.stages[index].resolution, workers=group.count,
                            images_seen=start.images_seen if start else 0)
         initial = str(self.folder.initial) if self.folder.initial.exists() else None
+        if self.run.evaluation.when != "end":  # also of a stage whose end was written, but not heard of
+            self.evaluations.start_missing()
         run = planning.with_workers(self.run, index, group.count)
         arguments = (run, index, start.path if start else None, str(self.folder.path), initial, self.term)
         final = start
         with self.signals.gently():
             for event in group.events(*arguments, idle=self.look_around):
-                if saved := self.take(event):
-                    final = saved
-                    if not saved.stage_end:
-                        self.grow(index)
+                if event["event"] == "checkpoint" and not event["stage_end"]:
+                    self.grow(index)  # before an evaluation of it takes the room that there is
+                final = self.take(event) or final
+        assert final is not None, "a stage ends with a checkpoint"
         if self.growing:  # its workers were asked to stop, and would stop the next stage
             self.end_group()
-        assert final is not None, "a stage ends with a checkpoint"
+            self.folder.record("resume", images_seen=final.images_seen, start=final.name,
+                               reason="there is room for more workers", term=self.term.number)
         return final
 
     def take(self, event: dict[str, Any]) -> Checkpoint | None:
@@ -157,7 +165,7 @@ class Session:
         elif kind == "stopped":
             self.shown.say(f"{size:>5}px stopped at {event['images_seen']:,} images")
             if not self.signals.asked and not self.growing:
-                raise RuntimeError("a worker was asked to stop (SIGTERM): its node may be going away")
+                raise NodeLeaves("a worker was asked to stop (SIGTERM): its node may be going away")
         return None
 
     def kept(self, new: Checkpoint) -> Checkpoint:
@@ -205,7 +213,7 @@ class Session:
             self.group.ask_to_stop()
 
     def mend(self, error: Exception, index: int, seen: int) -> bool:
-        """Whether the next try does something else: leaves images out, or takes fewer at once."""
+        """Does what may mend it: leaves images out, takes fewer at once. -> whether the failure does not count."""
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, NonFinite):
             self.leave_out(cause, seen)
@@ -213,7 +221,7 @@ class Session:
             self.keep_less_ahead(cause, index)
         elif isinstance(cause, HostMemory | OutOfMemory):
             self.take_fewer(cause, index)
-        return isinstance(cause, NonFinite | HostMemory | OutOfMemory)
+        return isinstance(cause, NonFinite | OutOfMemory | NodeLeaves)  # a host may have run out for another's sake
 
     def leave_out(self, error: NonFinite, seen: int) -> None:
         """The images since the checkpoint that training goes back to update nothing when it passes them again."""
@@ -230,11 +238,12 @@ class Session:
 
     def keep_less_ahead(self, error: HostMemory, index: int) -> None:
         """Fewer batches and no second state wait in the memory of hosts from now on; kept in config.yaml."""
+        was = [self.run.data.prefetch, self.run.checkpoints.background]
         self.run = planning.with_less_ahead(self.run)
         keep_settings(self.run, self.folder)
-        self.folder.record("less_ahead", resolution=self.run.stages[index].resolution, reason=str(error))
-        self.shown.say("out of memory on a host: from now on data.prefetch=1 and checkpoints.background=false",
-                       "yellow")
+        self.folder.record("less_ahead", resolution=self.run.stages[index].resolution, was=was, reason=str(error))
+        self.shown.say("out of memory on a host: from now on data.prefetch=1 and checkpoints.background=false instead "
+                       f"of {was[0]} and {str(was[1]).lower()}; any other values given are taken", "yellow")
 
     def take_fewer(self, error: OutOfMemory | HostMemory, index: int) -> None:
         """The stage's next smaller micro-batch, kept in config.yaml; batch and stddev groups stay."""
@@ -270,14 +279,19 @@ class Session:
     def join_group(self, index: int) -> Group:
         """The workers of a stage: those of the stage before, if they are as it wants them, else new ones."""
         setting = self.run.stages[index]
+        before = self.growing_from
         if (self.group and self.grouped_for is not None and planning.same_group(
-                self.run.stages[self.grouped_for], setting) and self.group.count in planning.worker_counts(setting)
-                and not self.group.could_grow(setting)):
-            return self.group
+                self.run.stages[self.grouped_for], setting) and self.group.count in planning.worker_counts(setting)):
+            if not self.could_grow(index):
+                return self.group
+            before = self.group.count
         self.end_group()
+        self.growing_from = 0
         began = time.monotonic()
-        self.group, self.grouped_for = Group(self.run, index, self.evaluations.give_way), index
+        self.group, self.grouped_for = Group(self.run, index, self.crowded), index
         count, nodes = self.group.count, self.group.nodes()
+        if count <= before:
+            self.grew_not_on = living_nodes()
         self.folder.record("group", workers=count, wanted=setting.workers, nodes=nodes,
                            seconds=round(time.monotonic() - began, 2))
         if count < setting.workers or len(set(nodes)) > 1:
@@ -285,16 +299,26 @@ class Session:
             self.shown.say(f"{setting.resolution:>5}px trains with {count} workers{fewer}, on {', '.join(nodes)}")
         return self.group
 
+    def crowded(self, text: str) -> None:
+        """There is no place for a stage's workers: an evaluation may have it."""
+        self.shown.say(text, "yellow")
+        self.evaluations.give_way()
+
     def end_group(self) -> None:
         self.growing = False
         if self.group:
             self.group.end()
             self.group = None
 
+    def could_grow(self, index: int) -> bool:
+        """Whether there seems to be room for more workers; where that was found wrong, not before the nodes change."""
+        return (self.group is not None and self.group.could_grow(self.run.stages[index])
+                and self.grew_not_on != living_nodes())
+
     def grow(self, index: int) -> None:
         """Has a stage with fewer workers than it may have stop after a step, once there is room for more of them."""
-        if self.group and not self.growing and not self.signals.asked and self.group.could_grow(self.run.stages[index]):
-            self.growing = True
+        if self.group and not self.growing and not self.signals.asked and self.could_grow(index):
+            self.growing, self.growing_from = True, self.group.count
             self.shown.say(f"{self.run.stages[index].resolution:>5}px there is room for more workers: going on with "
                            "them from the next checkpoint", "cyan")
             self.group.ask_to_stop(STOP_TO_GROW)

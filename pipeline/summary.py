@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ PICTURE_ROWS, PICTURE_PX = 4, 448  # of a grid: two take less than 300 kB, whate
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a session ended. result: `done`, `stopped` as it was asked to, `refused` before it began, or `failed`."""
+    """How a session ended. result: `done`, `stopped` as it was asked to, `refused` before it worked, or `failed`."""
 
     result: str
     exit_code: int
@@ -328,12 +328,14 @@ class Teller:
     def _tell(self, outcome: Outcome) -> None:
         ledger = self.folder.lines("ledger.jsonl")
         mark = self.mark if self.mark >= 0 else len(ledger)
+        if outcome.result == "refused" and any(line["event"] in ("shards", "stage_start") for line in ledger[mark:]):
+            outcome = replace(outcome, result="failed")  # wrong input that came to light hours later
         night = night_of(self.run, ledger, mark, self.folder.lines("metrics.jsonl"), outcome, self.began, time.time())
         lines, path = ledger[mark:], None
         if lines or (self.mark >= 0 and outcome.result == "failed"):  # else nothing was done, and nothing is written
             evaluations = [line for line in lines if line["event"] == "evaluation" and not line["error"]]
             path = self._write(page(night, sights(self.folder, evaluations, night.first)))
-        webhook.post(message(night, path), self.folder.tell)
+        webhook.post(message(night, path), self.folder.tell, in_haste=outcome.result == "stopped")
 
     def _write(self, text: str) -> Path | None:
         name = local(self.began, "%Y-%m-%d_%H-%M-%S")

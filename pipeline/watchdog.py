@@ -91,9 +91,9 @@ class Witness:
         return self.sight is not None and self.sight.state in ("T", "t")
 
     def trouble(self, waited_s: float) -> tuple[int, str]:
-        """What it is at, and how likely that is what the others wait for: 0 most, 3 not at all."""
-        if self.sight is None:
-            return 0, "gives no answer, nor does its node"
+        """What it is at, and how likely that is what the others wait for: 0 most, 4 not at all."""
+        if self.sight is None:  # cut off, or only slow to answer: a thread seen to be stuck is better known
+            return 2, "gives no answer, nor does its node"
         if self.stopped:
             return 0, "is stopped (SIGSTOP, or a debugger)"
         if not self.sight.state:
@@ -103,9 +103,9 @@ class Witness:
             return 1, f"is stuck: {stuck[0]}"
         own = next((line for line in self.sight.lines if line.thread == TRAINING), None)
         if own and own.doing in WAITS_FOR_OTHERS:
-            return 3, "waits for the others"
+            return 4, "waits for the others"
         asleep = f", asleep in the kernel ({self.sight.kernel})" if self.sight.state == "D" else ""
-        return 2, f"is at {own.doing} {own.detail} for {own.seconds:.0f} s{asleep}" if own else f"says nothing{asleep}"
+        return 3, f"is at {own.doing} {own.detail} for {own.seconds:.0f} s{asleep}" if own else f"says nothing{asleep}"
 
     def testimony(self, waited_s: float) -> str:
         sight = self.sight or Sight("unknown", "", [])
@@ -119,7 +119,7 @@ def verdict(waited_s: float, witnesses: list[Witness]) -> str:
     """Who is to blame, in one line."""
     found = [(*one.trouble(waited_s), one) for one in witnesses]
     worst = min(grade for grade, _, _ in found)
-    if worst == 3 and len(found) > 1:
+    if worst == 4 and len(found) > 1:
         nodes = ", ".join(sorted({one.node for one in witnesses}))
         return f"every rank waits for the others: is the network between {nodes} cut?"
     blamed = [f"{one.name} {what}" for grade, what, one in found if grade == worst]

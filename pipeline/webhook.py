@@ -14,10 +14,11 @@ from gradine.pipeline.run_dir import without_secrets
 VARIABLE = "GRADINE_WEBHOOK"
 TRIES, ANSWER_S, PAUSE_S = 3, 10.0, 1.0
 WITHIN_S = TRIES * ANSWER_S + (TRIES - 1) * PAUSE_S  # whatever a name server or a dripping answer takes
+IN_HASTE_S = 6.0  # of the 10 s in which a session that was asked to stop ends; the rest is Ray's and a lease's end
 
 
-def post(message: dict[str, Any], tell: Callable[[str], object]) -> None:
-    """Posts `message` if a webhook is set. What goes wrong is one line to `tell`, after WITHIN_S at most."""
+def post(message: dict[str, Any], tell: Callable[[str], object], in_haste: bool = False) -> None:
+    """Posts `message` if a webhook is set. What goes wrong is one line to `tell`; WITHIN_S or IN_HASTE_S at most."""
     url, trouble = os.environ.get(VARIABLE, ""), []
     if not url:
         return
@@ -31,8 +32,9 @@ def post(message: dict[str, Any], tell: Callable[[str], object]) -> None:
     # A thread, since a limit on the whole is none of urllib's; as a daemon it holds up no exit.
     thread = threading.Thread(target=attempt, name="webhook", daemon=True)
     thread.start()
-    thread.join(WITHIN_S)
-    if reason := trouble[0] if trouble else f"no answer within {WITHIN_S:.0f} s":
+    limit = IN_HASTE_S if in_haste else WITHIN_S
+    thread.join(limit)
+    if reason := trouble[0] if trouble else f"no answer within {limit:.0f} s":
         tell(f"the end of this session could not be posted to {VARIABLE}: {reason}")
 
 

@@ -13,6 +13,7 @@ import itertools
 import mmap
 import os
 import signal
+import stat
 import tempfile
 import threading
 import time
@@ -46,7 +47,7 @@ class Record:
         self.path, self.mapped = name, mmap.mmap(handle, LINE * LINES)
         self.mapped[:] = b" " * LINE * LINES
         self.numbers, self.places, self.lock = itertools.count(), dict[str, int](), threading.Lock()
-        self.stacks = Path(f"{name}.stacks").open("w")  # noqa: SIM115 (open as long as the process lives)
+        self.stacks = Path(f"{name}.stacks").open("x")  # noqa: SIM115 (open as long as the process lives)
         # Written by the signal's handler itself: no thread has to run Python, or to get the interpreter's lock.
         faulthandler.register(signal.SIGUSR1, self.stacks, all_threads=True)
 
@@ -69,6 +70,9 @@ def keep_record() -> str:
         with suppress(OSError):  # training does not need it
             folder = Path(tempfile.gettempdir()) / f"gradine-records-{os.getuid()}"
             folder.mkdir(mode=0o700, exist_ok=True)
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+                folder = Path(tempfile.mkdtemp(prefix="gradine-records-"))  # that one is another user's, or open to all
             remove_left(folder)
             _record = Record(folder)
     return _record.path if _record else ""
@@ -141,15 +145,21 @@ def look_at(pid: int, record: str) -> Sight:
     return Sight("" if state in "ZX" else state, kernel, read_record(record))
 
 
-def stacks_of(pid: int, record: str, patience_s: float = 2.0) -> str:
-    """The stacks of all threads of a process that keeps a record; one that is stopped runs on to write them."""
+def last_stacks(pid: int, record: str, patience_s: float = 2.0) -> str:
+    """The stacks of all threads of a process that keeps `record`, which is then ended.
+
+    One that is stopped has to run on to write them, for some tenths of a second.
+    """
     path, until, before, size = Path(f"{record}.stacks"), time.monotonic() + patience_s, 0, 0
     with suppress(OSError):
+        if record not in Path(f"/proc/{pid}/maps").read_text():
+            return ""  # another process has the number by now
         os.kill(pid, signal.SIGUSR1)
         os.kill(pid, signal.SIGCONT)
         while time.monotonic() < until and not 0 < before == size:  # until it grows no more
-            time.sleep(0.1)
+            time.sleep(0.15)
             before, size = size, path.stat().st_size
+        os.kill(pid, signal.SIGKILL)
         return path.read_text(errors="replace")
     return ""
 

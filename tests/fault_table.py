@@ -57,6 +57,8 @@ ROWS = {
     "F20": ("a node, or the store of checkpoints, is cut off",
             "a new group goes on; what the cut-off worker still commits does not count; its node joins again by "
             "itself and is used"),
+    "F21": ("a host without memory, whose kernel ends a worker",
+            "told as such; the group starts again with less kept in memory ahead, then with a smaller micro-batch"),
     "F22": ("an allocator without memory",
             "the micro-batch is halved; batch and stddev groups stay; the choice is kept"),
     "F23": ("the same step fails again and again", "it stops with its own exit code and leaves what is known of it"),

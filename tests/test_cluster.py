@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from gradine.configs.schema import EnvironmentFault, Run, Stage, UserError
 from gradine.pipeline import driver, evaluations
-from gradine.pipeline.cluster import Group, interface_of, most_placeable, unplaceable
+from gradine.pipeline.cluster import Group, interface_of, most_placeable, unplaceable, worker_environment
 from gradine.pipeline.plan import with_workers, worker_counts
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.session import Session
@@ -73,8 +74,10 @@ def test_what_can_never_be_placed_is_told_in_one_line(tiny_run: Callable[..., Ru
                                                 stages__1__placement="STRICT_SPREAD")
     assert told(stages__1__workers=2, stages__1__placement="STRICT_SPREAD") == ""
     assert "asks for 1 workers of 1 CPU, 1 GPU each" in told(stages__0__gpus=1.0)
-    assert told(evaluation__cpus=3.5).startswith("evaluation.cpus=3.5 does not fit beside the training's 1:")
-    assert told(evaluation__cpus=3.5, evaluation__when="end") == ""
+    assert told(evaluation__cpus=3.0) == ""
+    two = {"stages__1__workers": 2, "evaluation__cpus": 3.0}
+    assert told(**two).startswith("evaluation.cpus=3 does not fit beside the training's 2:")
+    assert told(**two, evaluation__when="end") == ""
 
 
 def test_an_interface_is_found_by_its_address() -> None:
@@ -106,13 +109,15 @@ def test_a_group_without_room_has_others_give_way_and_waits_no_longer_than_told(
         ray_cluster: Any, tiny_run: Callable[..., Run]) -> None:
     run = tiny_run({"stages.*.workers": 2, "stages.*.cpus": 2.0, "ray.group_timeout_s": 3.0})
     with taken(ray_cluster, 1):
-        asked = []
+        told: list[str] = []
         with pytest.raises(EnvironmentFault, match=r"stage 4px: 2 workers of 2 CPU each \(PACK\) could not be placed "
                                                    r"within ray.group_timeout_s=3. Is the cluster busy"):
-            Group(run, 0, lambda: asked.append(True))
-        assert asked == [True]
+            Group(run, 0, told.append)
+        assert told == ["    4px waits for 2 workers of 2 CPU each (PACK): all nodes together have room for 2, not all "
+                        "of it free; up to ray.group_timeout_s=3"]
+    run = tiny_run({"stages.*.workers": 2, "stages.*.cpus": 2.0})
     with taken(ray_cluster, 4) as there:
-        group = Group(run, 0, lambda: ray_cluster.util.remove_placement_group(there))
+        group = Group(run, 0, lambda _: ray_cluster.util.remove_placement_group(there))
         assert group.count == 2
         group.end()
 
@@ -132,14 +137,14 @@ def test_a_stage_grows_at_a_checkpoint_when_room_comes_and_its_bits_are_those_of
     settings = {"stages.*.workers": 2, "tick_images": 8}
     full = driver.train(tiny_run({**settings, "name": "full"}), shard_if_needed=False)
     injected.add(LONG_ENOUGH)
-    true_take = Session.take
+    true_grow = Session.grow
     with taken(ray_cluster, 3) as others:
-        def take(session: Session, event: dict[str, Any]) -> Any:
-            if event["event"] == "checkpoint" and event["images_seen"] == 120:  # in the fade
+        def grow(session: Session, index: int) -> None:
+            if session.last_tick >= 120:  # in the fade
                 ray_cluster.util.remove_placement_group(others)
-            return true_take(session, event)
+            true_grow(session, index)
 
-        monkeypatch.setattr(Session, "take", take)
+        monkeypatch.setattr(Session, "grow", grow)
         grown = driver.train(tiny_run({**settings, "name": "grown", "stages.*.min_workers": 1}), shard_if_needed=False)
     groups, stops = events(grown, "group"), events(grown, "stopped")
     assert [(line["workers"], line["wanted"]) for line in groups] == [(1, 2), (2, 2)]
@@ -148,6 +153,39 @@ def test_a_stage_grows_at_a_checkpoint_when_room_comes_and_its_bits_are_those_of
     assert not events(grown, "retry")
     assert bits(grown) == bits(full)
     assert [line["images_seen"] for line in lineage(grown)] == [line["images_seen"] for line in lineage(full)]
+
+
+def test_a_group_that_does_not_grow_though_it_could_is_not_tried_again_on_the_same_nodes(
+        ray_cluster: Any, tiny_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluations.Evaluations, "start", lambda *_: None)
+    monkeypatch.setattr(Group, "could_grow", lambda *_: True)
+    with taken(ray_cluster, 3):
+        folder = driver.train(tiny_run({"stages.*.workers": 2, "stages.*.min_workers": 1}, stages=3),
+                              shard_if_needed=False)
+    assert [line["workers"] for line in events(folder, "group")] == [1, 1]
+
+
+def test_an_evaluation_that_no_single_node_could_hold_is_refused(tiny_run: Callable[..., Run]) -> None:
+    run = tiny_run({"evaluation.cpus": 3.0})
+    assert unplaceable(run, (0, 1), [node(CPU=2.0), node(CPU=2.0)]) == (
+        "evaluation.cpus=3 and .gpus=0 fit on no single node: Ray has 2 nodes with 4 CPUs and 0 GPUs. Lower them.")
+    assert unplaceable(run, (0, 1), [node(CPU=2.0), node(CPU=3.0)]) == ""
+
+
+def test_a_worker_is_no_rank_of_what_started_ray(
+        ray_cluster: Any, tiny_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's PMI and mpirun leave their own count of processes, which Accelerate would believe."""
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr("gradine.pipeline.cluster.worker_environment", lambda threads: {"env_vars": {
+        **worker_environment(threads)["env_vars"], **{name: os.environ[name] for name in (
+            "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE")}}})
+    group = Group(tiny_run(), 0)
+    try:
+        assert group.call(os.getenv, "PMI_SIZE") == group.call(os.getenv, "WORLD_SIZE") == [None]
+        assert group.call(os.getenv, "OMPI_COMM_WORLD_SIZE") == [None]
+    finally:
+        group.end()
 
 
 def lineage(folder: RunDir) -> list[dict[str, Any]]:

@@ -10,13 +10,11 @@ import functools
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -191,90 +189,6 @@ def test_f15_a_run_stopped_by_sigterm_and_then_by_ctrl_c_ends_with_the_bits_of_t
         Path(line["path"]).name for line in events(folder, "checkpoint") if line["images_seen"] % 40]
     assert not events(folder, "retry")
     assert bits(folder) == bits(unbroken)
-
-
-@pytest.mark.slow
-def test_f15_a_job_that_is_stopped_leaves_a_checkpoint_and_when_submitted_again_ends_with_the_same_bits(
-        unbroken: RunDir, tiny_run: Callable[..., Run], injected: Injected, tmp_path: Path) -> None:
-    """`ray job stop` of a run that was submitted to a cluster as a job"""
-    from ray.job_submission import JobStatus
-
-    injected.add(STOPPED_TWICE.replace("(120, 200)", "(120,)"))
-    config, folder = settings_of(tiny_run(TWO_WORKERS), tmp_path)
-    with cluster() as (client, logs):
-        first = submit(client, config)
-        injected.reached("120")
-        client.stop_job(first)
-        assert ended(client, first) == JobStatus.STOPPED, logs(first)
-        last = events(folder, "checkpoint")[-1]
-        assert 120 < last["images_seen"] <= 144
-        assert [line["reason"] for line in events(folder, "stopped") if "reason" in line] == ["SIGTERM"]
-        again = submit(client, config)
-        assert ended(client, again) == JobStatus.SUCCEEDED, logs(again)
-        assert "resume: from " + Path(last["path"]).name in logs(again)
-    assert bits(folder) == bits(unbroken)
-
-
-@contextmanager
-def cluster() -> Iterator[tuple[Any, Callable[[str], str]]]:
-    """A head of our own in a process group of its own, and a client of its jobs."""
-    from ray.job_submission import JobSubmissionClient
-
-    port, dashboard = free_port(), free_port()
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short:  # sockets' paths are short
-        command = [tool("ray"), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1",
-                   "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=4", f"--temp-dir={short}",
-                   "--object-store-memory=150000000", "--disable-usage-stats",
-                   # its own port for the agent that takes jobs: that of another Ray on this machine is the default one
-                   f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
-        with (Path(short) / "head.log").open("wb") as log:
-            kept = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")  # of what this process's own Ray reads
-            environment = {key: value for key, value in os.environ.items()
-                           if key in kept or not key.startswith(("RAY_", "PYTHONPATH"))}
-            head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
-        try:
-            client: Any = None
-
-            def answers() -> bool:
-                nonlocal client
-                assert head.poll() is None, (Path(short) / "head.log").read_text()[-1000:]
-                with suppress(ConnectionError, RuntimeError):
-                    client = client or JobSubmissionClient(f"http://127.0.0.1:{dashboard}")
-                    return client.list_jobs() is not None
-                return False
-
-            wait_until(answers, "the head answers")
-            yield client, client.get_job_logs
-        finally:
-            family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-            head.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                head.wait(20)
-            for one in family:
-                with suppress(psutil.NoSuchProcess):
-                    one.kill()
-            head.wait()
-
-
-def submit(client: Any, config: str) -> str:
-    command = shlex.join([sys.executable, "-m", "gradine.pipeline", "train", config])
-    root = str(Path(driver.__file__).absolute().parents[2])  # as the package gradine sees it
-    path = os.pathsep.join([root, os.environ["PYTHONPATH"]])
-    environment = {"PYTHONPATH": path, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
-    accepted: list[str] = []
-
-    def accepts() -> bool:
-        with suppress(RuntimeError):  # "No available agent": a head answers before it can take jobs
-            accepted.append(client.submit_job(entrypoint=command, runtime_env={"env_vars": environment}))
-        return bool(accepted)
-
-    wait_until(accepts, "the head takes a job")
-    return accepted[0]
-
-
-def ended(client: Any, job: str) -> Any:
-    wait_until(lambda: client.get_job_status(job).is_terminal(), f"job {job} ends")
-    return client.get_job_status(job)
 
 
 STUCK = WITHOUT_EVALUATIONS + '''

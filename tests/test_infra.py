@@ -96,7 +96,7 @@ def accepted(check: Callable[..., None], *arguments: Any) -> bool:
 def keys(tree: Any, path: Path_ = ()) -> Iterator[Path_]:
     """The path of every key, but for those that a user may choose."""
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
-        if isinstance(tree, dict) and (not path or path[-1] not in FREE):
+        if isinstance(tree, dict) and (not path or path[-1] not in FREE) and "gradine_run" not in tree:
             yield (*path, key)
         yield from keys(value, (*path, key))
 
@@ -251,6 +251,32 @@ def test_a_pod_that_goes_and_a_job_that_is_stopped_have_time_for_a_checkpoint() 
         assert float(seconds) > grace
 
 
+def test_a_run_that_kubernetes_starts_has_its_name_and_the_time_that_a_new_pod_takes() -> None:
+    for job in jobs():  # what no gradine submits has no name in its metadata, unless it is given one
+        assert job["metadata"] == {"gradine_run": load("folder").name}
+    for words in (*(shlex.split(job["entrypoint"]) for job in jobs()),
+                  command_of(MANIFESTS["nightly-cronjob:CronJob"]["spec"])):
+        (setting,) = [word for word in words if word.startswith("ray.group_timeout_s=")]
+        assert float(setting.partition("=")[2]) > 4 * Cluster().group_timeout_s
+    plain = [block for block in blocks(INFRA / "README.md") if "ray job submit" in block]
+    for block in plain:
+        assert f'--metadata-json \'{{"gradine_run": "{load("folder").name}"}}\'' in block
+
+
+def test_the_token_arrives_on_a_node_as_its_owners_alone(tmp_path: Path) -> None:
+    (line,) = [line.partition("#")[0] for line in (INFRA / "README.md").read_text().splitlines() if "cat >" in line]
+    fake(tmp_path / "bin", "ssh", f'cd {tmp_path}/node && umask 022 && exec bash -c "$2"')
+    (tmp_path / "node").mkdir()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("t" * 64)
+    subprocess.run(["bash", "-c", line], check=True, timeout=30,
+                   env={"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+    arrived = tmp_path / "node" / ".ray" / "auth_token"
+    assert arrived.read_text() == "t" * 64
+    assert stat.S_IMODE(arrived.stat().st_mode) == 0o600
+    assert stat.S_IMODE(arrived.parent.stat().st_mode) == 0o700
+
+
 def test_the_code_comes_with_the_job_and_pip_installs_nothing_on_a_node() -> None:
     for job in jobs():
         assert set(yaml.safe_load(job["runtimeEnvYAML"])) == {"working_dir", "env_vars"}
@@ -279,6 +305,8 @@ def test_every_night_starts_and_ends_by_one_clock_and_never_twice_at_once() -> N
         for spec in clusters():
             head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
             assert {"name": "TZ", "value": night["timeZone"]} in head["env"]
+    (client,) = core["jobTemplate"]["spec"]["template"]["spec"]["containers"]  # whose clock `submit` sends along
+    assert {"name": "TZ", "value": core["timeZone"]} in client["env"]
     until = re.search(r"--until (\d\d):(\d\d)", ray["jobTemplate"]["entrypoint"])
     assert until
     hours = (int(until[1]) - int(ray["schedule"].split()[1])) % 24
@@ -464,6 +492,7 @@ def test_a_slurm_job_ends_with_the_runs_exit_code_and_keeps_its_token_to_itself(
     assert f"RAY_AUTH_TOKEN_PATH={slurm['token']}\n" in environment
     assert "RAY_AUTH_MODE=token\n" in environment
     assert "python -m gradine.pipeline run folder runs=/shared/runs\n" in calls
+    assert calls.count("--mpi=none") == 2  # or Accelerate reads Slurm's PMI_SIZE in every worker
     assert calls.count("head.sh") == 2  # srun's words, and its own
     assert calls.count("worker.sh") == 2
     assert len((slurm["folder"] / "pids").read_text().split()) == 2
@@ -487,6 +516,10 @@ folder, drain = sys.argv[1:]
 def named(name, *then):  # a process that ps would show by this name
     return subprocess.Popen(["bash", "-c", f"exec -a {name} sleep 600"])
 worker, idle = named("ray::Worker.run_stage"), named("ray::IDLE")
+def raylet(node, head, user):
+    return subprocess.Popen(["/x/raylet", "-c", "sleep 600; :", f"--node_id={node}", f"--gcs-address={head}", "--end"],
+                            executable="/bin/bash", user=user)
+raylets = raylet("ab12", "10.0.0.1:6379", 0), raylet("cd34", "10.0.0.2:7000", 0), raylet("ef56", "10.0.0.3:1", 65534)
 job = subprocess.Popen(["sh", "-c", f"{sys.executable} -m gradine.pipeline run mine.yaml; echo $? > {folder}/code"])
 while not os.path.exists(f"{folder}/training"):
     time.sleep(0.05)
@@ -514,7 +547,7 @@ signal.signal(signal.SIGTERM, save)
 pathlib.Path({str(tmp_path)!r}, "training").touch()
 time.sleep(600)
 """)
-    fake(tmp_path / "bin", "ray", f'echo "$*" > {tmp_path}/ray')
+    fake(tmp_path / "bin", "ray", f'echo "$*" >> {tmp_path}/ray; [[ $* != *cd34* ]]')
     done = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c", DRAINED, str(tmp_path),
          str(INFRA / "drain.sh")], capture_output=True, text=True, timeout=120, cwd=tmp_path,
@@ -524,4 +557,36 @@ time.sleep(600)
     assert (worker, idle, job, code) == (str(-signal.SIGTERM), "None", "0", "143")
     assert 2 <= float(seconds) < 29  # the driver's save, and not all of the 30 s it may take
     assert (tmp_path / "checkpoint").exists()
-    assert (tmp_path / "ray").read_text().startswith("drain-node ")
+    asked = [line.split() for line in sorted((tmp_path / "ray").read_text().splitlines())]
+    assert [words[:5] for words in asked] == [  # each by its own head; another user's Ray is left alone
+        ["drain-node", "--address", "10.0.0.1:6379", "--node-id", "ab12"],
+        ["drain-node", "--address", "10.0.0.2:7000", "--node-id", "cd34"]]
+    assert done.stderr.splitlines() == [
+        "drain.sh: the head at 10.0.0.2:7000 did not take this node out; Ray may start more here"]
+
+
+# node.sh and worker.sh, run
+
+NODE = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t", "GRADINE_RESTART_S": "0"}
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_a_command_that_ends_at_once_is_told_with_its_own_exit_code(code: int) -> None:
+    slow = 'kill() { sleep 0.2; builtin kill "$@"; }'  # the shell has taken note of the end before it looks
+    done = subprocess.run(["bash", "-c", f"source {INFRA}/node.sh; {slow}; run bash -c 'exit {code}'"], env=NODE,
+                          timeout=30)
+    assert done.returncode == code
+
+
+def test_a_worker_finds_a_head_whose_address_is_of_ipv6(tmp_path: Path) -> None:
+    try:
+        head = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with head:
+        fake(tmp_path / "bin", "ray", f'echo "$*" > {tmp_path}/ray; kill -TERM $PPID')
+        address = f"[::1]:{head.getsockname()[1]}"
+        done = subprocess.run([INFRA / "worker.sh"], capture_output=True, text=True, timeout=30, env={
+            **NODE, "GRADINE_HEAD": address, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+    assert "no head at" not in done.stderr
+    assert f"--address={address} " in (tmp_path / "ray").read_text()

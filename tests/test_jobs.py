@@ -186,6 +186,38 @@ def test_a_job_carries_its_name_its_time_to_stop_and_the_submitters_clock(monkey
         time.tzset()
 
 
+@pytest.mark.parametrize(("zone", "winter", "summer"), [
+    ("Europe/Berlin", "+0100", "+0200"), ("Asia/Kolkata", "+0530", "+0530"), ("America/New_York", "-0500", "-0400"),
+    (":Europe/Berlin", "+0100", "+0200"), ("<-03>3", "-0300", "-0300"), ("UTC0", "+0000", "+0000")])
+def test_the_submitters_clock_needs_no_zone_database_and_knows_summer(
+        zone: str, winter: str, summer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", zone)
+    sent = {"TZ": jobs.clock(), "TZDIR": "/nowhere"}  # where a C library would look for names
+    for day, offset in (("2027-01-15", winter), ("2027-07-15", summer)):
+        unix = int(subprocess.run(["date", "-u", "-d", day, "+%s"], capture_output=True, text=True).stdout)
+        there = subprocess.run(["date", "-d", f"@{unix}", "+%z"], env=sent, capture_output=True, text=True)
+        assert there.stdout.strip() == offset, sent
+
+
+def test_what_this_disk_refuses_is_not_told_of_a_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
+
+    monkeypatch.setattr(jobs.shutil, "copytree", full)
+    with pytest.raises(EnvironmentFault, match="on this machine: .*No space left on device.* TMPDIR") as told:
+        jobs.submit("smoke", PLACED, [], "http://127.0.0.1:1", False)
+    assert "dashboard" not in str(told.value)
+
+
+@pytest.mark.parametrize("error", [KeyError("ours"), RuntimeError("ours"), OSError(28, "No space left on device")])
+def test_an_error_of_our_own_is_not_told_of_a_dashboard(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "refuse_silence", lambda _: None)
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda url: url)
+    with pytest.raises(type(error)) as told, jobs.asking("http://127.0.0.1:1"):
+        raise error
+    assert told.value is error
+
+
 def test_the_options_of_run_are_passed_on_and_a_wrong_time_is_refused_here(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     passed: list[list[str]] = []
@@ -248,6 +280,21 @@ def test_a_log_whose_stream_breaks_is_shown_whole_and_once(
     assert jobs.exit_code(info) == 5
     asyncio.run(jobs.follow(Breaking(log, [30, 15, 60]), "job", shown=40))
     assert capsys.readouterr().out == log[40:]
+
+
+def test_a_log_that_has_been_told_to_its_end_is_not_fetched_again(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(jobs, "POLL_S", 0.01)
+    begun = []
+
+    class Ending(Breaking):
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            begun.append(job)
+            yield self.log
+
+    asyncio.run(jobs.follow(Ending("all of it\n", []), "job"))
+    assert begun == ["job"]
+    assert capsys.readouterr().out == "all of it\n"
 
 
 @pytest.mark.parametrize(("info", "code"), [

@@ -30,7 +30,7 @@ from gradine.configs.schema import CrashLoop, Diverged, EnvironmentFault, Run, S
 from gradine.pipeline import driver, signals, summary, webhook
 from gradine.pipeline.display import Board
 from gradine.pipeline.run_dir import RunDir
-from gradine.pipeline.session import Session
+from gradine.pipeline.session import SECONDS_TO_LEAVE, Session
 from gradine.pipeline.signals import Deadline, Signals, Stopped
 from gradine.pipeline.summary import Best, Teller, night_of, outcome_of
 from tests.injected import PATIENCE_S, Injected, meanwhile, wait_until
@@ -252,6 +252,28 @@ def test_a_night_is_told_with_the_exit_code_it_ends_with(error: BaseException | 
     assert (outcome.result, outcome.exit_code) == (result, code)
 
 
+@pytest.mark.parametrize(("worked", "result"), [
+    ([], "refused"), (["start", "stopped"], "refused"), (["start", "shards", "stopped"], "failed"),
+    (["start", "stage_start", "tick", "stopped"], "failed")])
+def test_wrong_input_that_comes_to_light_after_hours_of_work_is_no_refusal(
+        worked: list[str], result: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunDir(tmp_path / "flowers")
+    folder.path.mkdir()
+    posts: list[dict[str, Any]] = []
+    monkeypatch.setattr(webhook, "post", lambda message, *_, **__: posts.append(message))
+    for each in LAST_NIGHT:
+        folder.append("ledger.jsonl", each)
+    teller = Teller(flowers(), folder)
+    teller.hold()
+    for each in (*TONIGHT, line(1, "shards", images=9, seconds=1.0)):
+        if each["event"] in worked:
+            folder.append("ledger.jsonl", each)
+    with pytest.raises(UserError), teller.whatever_happens():
+        raise UserError("shard 3 is torn")
+    assert [(post["result"], post["exit_code"]) for post in posts] == [(result, 2)]
+    assert f"flowers: {result} with exit code 2. shard 3 is torn." in posts[0]["text"]
+
+
 def test_the_paragraph_reads_as_one(berlin: None) -> None:
     assert summary.paragraph(told()) == (
         "flowers: stopped as asked, until 06:00. 1,700 of 4,000 images (42 %), 1,100 of them in 1 h 06 min. 1 retry, "
@@ -404,6 +426,24 @@ def test_what_is_posted_arrives_or_is_given_up_in_one_line_that_holds_no_secret(
     assert len(said) == bool(says)
     assert says in "".join(said)
     assert SECRET not in "".join(said)
+
+
+def test_a_session_that_was_asked_to_stop_does_not_wait_long_for_its_webhook(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert webhook.IN_HASTE_S + 2 < SECONDS_TO_LEAVE  # what is left is for Ray's end and a lease's
+    monkeypatch.setattr(webhook, "IN_HASTE_S", 0.2)
+    monkeypatch.setattr(webhook, "ANSWER_S", PATIENCE_S)
+    monkeypatch.setattr(webhook, "WITHIN_S", PATIENCE_S)
+    folder, said = RunDir(tmp_path / "flowers"), []
+    folder.path.mkdir()
+    folder.tell = said.append
+    with hook_of(monkeypatch, 0) as hook:
+        with pytest.raises(Stopped), Teller(flowers(), folder).whatever_happens():
+            raise Stopped(signal.SIGTERM)
+        assert len(hook.posts) == 1
+        assert not hook.over.is_set()
+    assert len(said) == 1
+    assert "no answer within 0 s" in said[0]
 
 
 @pytest.mark.parametrize(("url", "says"), [

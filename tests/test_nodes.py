@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,14 +23,17 @@ from gradine.configs.schema import Run
 from gradine.pipeline import evaluations
 from gradine.pipeline.driver import train
 from gradine.pipeline.run_dir import RunDir
+from gradine.stages import commits
 from tests.injected import Injected, wait_until
 from tests.nodes import ROOT, Nodes, cluster
+from tests.object_store import Fault, moto, proxy  # noqa: F401 (a fixture)
+from tests.test_commits_remote import counting, location, put  # noqa: F401 (a fixture)
 from tests.test_faults_runs import CHECKPOINTS, WITHOUT_EVALUATIONS, bits, events, settings_of
 
-pytestmark = [pytest.mark.fault, pytest.mark.slow]
-OVER_NODES = {"tick_images": 8, "checkpoints.background": False,
+pytestmark = pytest.mark.fault
+OVER_NODES = {"tick_images": 8, "checkpoints.background": False, "checkpoints.keep": 9,
               "stages.*.workers": 2, "stages.*.placement": "STRICT_SPREAD"}
-ONE_PROCESS = {"tick_images": 8, "stages.*.micro_batch": 4}  # the same sums in the same order
+ONE_PROCESS = {"tick_images": 8, "checkpoints.keep": 9, "stages.*.micro_batch": 4}  # the same sums in the same order
 COMMON = WITHOUT_EVALUATIONS + '''
 import hashlib, json
 
@@ -62,6 +66,11 @@ def stay(moment):
     if first(f"{moment}-once"):
         (HERE / f"{moment}.node").write_text(here())
         hold(moment)
+
+def grow_at(seen, moment):
+    # stays until the driver asks for a stop, as it does to go on with more workers
+    if seen == moment and "WORLD_SIZE" not in os.environ and first(f"asked-{moment}"):
+        until_asked(f"asked-{moment}")
 
 def before_each_step(function):
     def change(loop):
@@ -142,6 +151,9 @@ class Driver:
 
         wait_until(fulfilled, what)
 
+    def wait_for_retry(self, times: int) -> None:
+        self.wait(lambda: len(self.events("retry")) == times, "it goes on")
+
     def node_at(self, moment: str) -> int:
         """The node that came to `stay(moment)` first."""
         self.wait((self.injected.folder / f"{moment}.reached").exists, f"a worker came to {moment}")
@@ -179,11 +191,10 @@ def started(nodes: Nodes, injected: Injected, run: Run) -> Iterator[Driver]:
 
 
 def assert_parity(driver: Driver, unbroken: Any) -> None:
-    """The tensors of every checkpoint that is left, and the images that each step was shown."""
+    """The tensors of every checkpoint, and the images that each step was shown."""
     one, images = unbroken
-    for name in (path.name for path in driver.folder.checkpoints.glob("r*")):
-        assert bits(driver.folder, name) == bits(one, name)
-    assert bits(driver.folder) == bits(one)
+    for name in CHECKPOINTS:
+        assert bits(driver.folder, name) == bits(one, name), name
     assert shown(driver.injected) == images
 
 
@@ -250,7 +261,7 @@ def test_f14_a_run_goes_on_by_itself_whenever_a_node_is_killed(
             node = driver.node_at(moment)
             nodes.kill(node)
             if fewest:
-                driver.wait(lambda number=number: len(driver.events("retry")) == number, "it sees the loss")
+                driver.wait_for_retry(number)
             nodes.start(node)
         assert driver.ended() == 0
     print(driver.seconds_to_step())
@@ -327,7 +338,7 @@ def test_f20_a_run_cut_in_an_all_reduce_goes_on_when_the_node_is_back_by_itself(
         times = nodes.starts(node)
         nodes.link(node, up=False)
         injected.let_go("136")
-        driver.wait(lambda: driver.events("retry"), "the driver misses the node")
+        driver.wait_for_retry(1)
         assert nodes.starts(node) == times
         nodes.link(node, up=True)  # its raylet hears that it was declared dead, ends, and is started again
         nodes.wait_for_starts(node, times + 1)
@@ -343,11 +354,12 @@ CUT_IN_A_SAVE = COMMON + '''
 def at_a_step(seen):
     if seen == 184 and (HERE / "save-once").exists():
         stay("hold")
+    grow_at(seen, 208)
 
 def in_a_save(commits):
     true_write = commits._write
     def write(path, content):
-        if path.name == "{file}" and "000000160" in path.parent.name:
+        if path.name == "HELD" and "000000160" in path.parent.name:
             stay("save")
         return true_write(path, content)
     commits._write = write
@@ -357,12 +369,12 @@ CHANGES["gradine.stages.commits"] = in_a_save
 def around_a_save(checkpoint):
     true_commit = checkpoint.commit
     def commit(location, name, *rest):
-        if name.endswith("160") and "{file}" == "none":
+        if name.endswith("160") and "HELD" == "none":
             stay("save")
         try:
             return true_commit(location, name, *rest)
         except BaseException as error:
-            (HERE / f"refused-{{here()}}").write_text(type(error).__name__)
+            (HERE / f"refused-{here()}").write_text(type(error).__name__)
             raise
     checkpoint.commit = commit
 
@@ -370,12 +382,12 @@ CHANGES["gradine.stages.checkpoint"] = around_a_save
 '''
 
 
-@pytest.mark.parametrize(("file", "refused"), [("none", "Fenced"), ("average.safetensors", "FileNotFoundError")],
+@pytest.mark.parametrize(("held", "refused"), [("none", "Fenced"), ("average.safetensors", "FileNotFoundError")],
                          ids=["as-it-begins", "half-written"])
 def test_f20_what_a_worker_cut_off_in_a_save_commits_later_does_not_count(
-        unbroken: Any, nodes: Nodes, tiny_run: Callable[..., Run], injected: Injected, file: str, refused: str) -> None:
+        unbroken: Any, nodes: Nodes, tiny_run: Callable[..., Run], injected: Injected, held: str, refused: str) -> None:
     """the link of the saving node goes down in the save, which ends while another worker goes on with the run"""
-    injected.add(CUT_IN_A_SAVE.replace("{file}", file).replace("{{", "{").replace("}}", "}"))
+    injected.add(CUT_IN_A_SAVE.replace("HELD", held))
     with started(nodes, injected, tiny_run({**OVER_NODES, "stages.*.min_workers": 1})) as driver:
         node = driver.node_at("save")
         times = nodes.starts(node)
@@ -397,12 +409,40 @@ def test_f20_what_a_worker_cut_off_in_a_save_commits_later_does_not_count(
     assert_parity(driver, unbroken)
 
 
+def test_f20_a_commit_held_up_by_a_store_that_was_cut_off_does_not_count_once_another_has_gone_on(
+        location: str, moto: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """connections to the object store that take bytes and answer nothing, from the third file of a save on"""
+    first, back = commits.begin_term(location, None), threading.Event()
+    put(location, 100, first)
+    fault = Fault("silent", hits=lambda number: number >= 3 and not back.is_set(),
+                  only=lambda method, path: method == "PUT", seconds=2.0)
+    refused: list[str] = []
+
+    def late() -> None:
+        with pytest.raises(commits.Fenced, match="term 2 .* has gone on") as error:
+            put(location, 200, first)
+        refused.append(str(error.value))
+
+    with proxy(moto, fault) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        thread = threading.Thread(target=late)
+        thread.start()
+        wait_until(lambda: fault.done, "the save hangs")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
+        put(location, 200, commits.begin_term(location, commits.find(location)[0][-1]))
+        back.set()
+        thread.join(60)
+    assert refused
+    assert counting(location) == [(100, 1), (200, 2)]
+
+
 # Nodes that come -----------------------------------------------------------------------------------------------------
 
 
 def test_a_stage_that_began_on_one_node_takes_the_second_when_it_joins(
         unbroken: Any, nodes: Nodes, tiny_run: Callable[..., Run], injected: Injected) -> None:
-    injected.add(held_at(104))
+    injected.add(held_at(104) + """    grow_at(seen, 128)
+""")
     nodes.kill(2)
     with started(nodes, injected, tiny_run({**OVER_NODES, "stages.*.min_workers": 1})) as driver:
         assert driver.node_at("104") == 1
@@ -428,7 +468,7 @@ def test_f37_the_end_of_another_run_and_of_its_cluster_touches_nothing_of_this_o
     with started(nodes, injected, tiny_run({**OVER_NODES, "name": "this"})) as driver:
         driver.node_at("136")
         family = nodes.family()
-        with cluster(1) as second, started(second, others, tiny_run({**ONE_PROCESS, "name": "other"})) as other:
+        with cluster(2) as second, started(second, others, tiny_run({**ONE_PROCESS, "name": "other"})) as other:
             other.node_at("40")
             other.terminate()
             others.let_go("40")
@@ -484,10 +524,15 @@ def test_a_head_without_a_token_makes_one_for_its_owner_alone_and_is_ended_by_on
     head = subprocess.Popen([ROOT / "infra" / "head.sh", "--disable-x"], env=given, cwd=tmp_path,
                             stderr=subprocess.PIPE, text=True)
     calls = tmp_path / "calls"
-    wait_until(lambda: calls.exists() and calls.read_text(), "ray is started")
+
+    def called(times: int) -> bool:
+        assert head.poll() is None, "the script ended"
+        return calls.exists() and calls.read_text().count("\n") == times
+
+    wait_until(lambda: called(1), "ray is started")
     for child in psutil.Process(head.pid).children():  # whatever Ray dies of, it is started again
         child.kill()
-    wait_until(lambda: calls.read_text().count("\n") == 2, "ray is started again")
+    wait_until(lambda: called(2), "ray is started again")
     head.terminate()
     _, said = head.communicate(timeout=20)
     assert "starts again in 0 s" in said

@@ -107,7 +107,7 @@ def test_nothing_is_written(rows: tuple[Run, list[Row], Path]) -> None:
 
 
 def test_a_stage_no_cluster_can_place_is_refused_before_any_step(ray_cluster: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="stage 8px asks for 64 CPUs"):
+    with pytest.raises(UserError, match="stage 8px asks for 1 workers of 64 CPU each"):
         preflight.preflight(configured({"stages.1.cpus": 64}, tmp_path))
 
 

@@ -18,7 +18,7 @@ import torch
 from gradine.configs.schema import Run
 from gradine.stages import loop, pulse
 from gradine.stages.data import prefetch
-from gradine.stages.pulse import Pulse, look_at, read_record, stacks_of
+from gradine.stages.pulse import Pulse, last_stacks, look_at, read_record
 from tests.injected import wait_until
 
 WORKER = '''
@@ -72,9 +72,16 @@ def test_what_a_process_is_at_can_be_read_when_it_runs_no_more(tmp_path: Path, f
             ("training", "reduce", "at 120 images"),
             ("decode_0", "decode", "image 3 of shard 000001.tar of /set/r0008")}
         assert all(0 <= line.seconds < 60 for line in sight.lines)
-        stacks = stacks_of(process.pid, record)
+        stacks = last_stacks(process.pid, record)
         assert ("in decode_slowly" in stacks) == (fault != "killed")
         assert stacks.count("hread 0x") == (0 if fault == "killed" else 2)
+        assert process.wait(30) == -signal.SIGKILL
+
+
+def test_a_process_that_has_the_number_of_one_that_is_gone_is_left_alone(tmp_path: Path) -> None:
+    with worker(tmp_path) as (_, record), worker(tmp_path) as (other, _):
+        assert last_stacks(other.pid, record) == ""
+        assert look_at(other.pid, record).state == "S"
 
 
 def test_records_are_private_and_those_of_processes_that_are_gone_are_deleted_after_an_hour(tmp_path: Path) -> None:
