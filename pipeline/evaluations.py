@@ -114,14 +114,14 @@ class Evaluations:
 
         self.start_missing()
         if self.pending():
-            self.shown.say(f"trained; waiting for {len(self.pending())} evaluations")
+            self.shown.say(f"trained; still to be measured: {', '.join(sorted(self.pending()))}")
         fitted = time.monotonic()
         while self.running or self.waiting:
             self.collect(wait_s=1.0)
             if evaluation_fits(self.run, ray.nodes()):
                 fitted = time.monotonic()
             elif time.monotonic() - fitted > self.run.ray.group_timeout_s:
-                raise EnvironmentFault(f"{len(self.pending())} evaluations have no place: no node with evaluation.cpus="
+                raise EnvironmentFault(f"{', '.join(sorted(self.pending()))} cannot be measured: no node with evaluation.cpus="
                                        f"{self.run.evaluation.cpus:g} and .gpus={self.run.evaluation.gpus:g} is left. "
                                        "The training is done; the same command measures once there is one.")
 

@@ -178,3 +178,21 @@ def cluster(*cpus: int, **environment: str) -> Iterator[Nodes]:
         yield nodes
     finally:
         nodes.end()
+
+
+def page(folder: Path) -> str:
+    """docs/two-nodes.md: all that a run over two nodes prints, everything new."""
+    with cluster(2, 1) as nodes:
+        log = folder / "log"
+        command = ["run", "smoke", f"runs={folder}/runs", f"data.shards={folder}/shards", "stages.*.workers=2",
+                   "stages.*.placement=STRICT_SPREAD"]
+        assert nodes.on_head("python", "-m", "gradine.pipeline", *command, log=log).wait(600) == 0, log.read_text()
+    lines = [f"$ gradine {' '.join(command)}", *log.read_text().splitlines()]
+    text = "".join(f"    {line}\n" for line in lines).replace(str(folder), "/shared")
+    return ("# A run on two nodes\n\nThe whole log of the `smoke` recipe on a head with two CPUs and a worker node "
+            f"with one, each with an address of its own;\nmade by `python -m tests.nodes`.\n\n{text}")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        (ROOT / "docs" / "two-nodes.md").write_text(page(Path(temporary)))

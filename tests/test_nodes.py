@@ -207,6 +207,9 @@ def test_a_run_over_two_nodes_has_the_bits_of_one_process(
     assert [Path(line["path"]).name for line in driver.events("checkpoint")] == CHECKPOINTS
     assert_parity(driver, unbroken)
     assert list(unbroken[1]) == list(range(0, 240, 8))
+    lines = driver.log.read_text().splitlines()  # of Ray's not one
+    assert len(lines) < 60
+    assert [line for line in lines if not re.match(r"resume: |report: | +[48]px ", line)] == []
 
 
 def test_packed_workers_share_a_node_that_has_room_for_them(
