@@ -121,9 +121,10 @@ class Evaluations:
             if evaluation_fits(self.run, ray.nodes()):
                 fitted = time.monotonic()
             elif time.monotonic() - fitted > self.run.ray.group_timeout_s:
-                raise EnvironmentFault(f"{', '.join(sorted(self.pending()))} cannot be measured: no node with evaluation.cpus="
-                                       f"{self.run.evaluation.cpus:g} and .gpus={self.run.evaluation.gpus:g} is left. "
-                                       "The training is done; the same command measures once there is one.")
+                names, asked = ", ".join(sorted(self.pending())), self.run.evaluation
+                raise EnvironmentFault(f"{names} cannot be measured: no node with evaluation.cpus={asked.cpus:g} and "
+                                       f".gpus={asked.gpus:g} is left. The training is done; the same command measures "
+                                       "once there is one.")
 
 
 def evaluate_beside(run: Run, path: str, out: str, threads: int) -> list[dict[str, Any]]:
