@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 
-.PHONY: demo test test-all lint bench bench-data clean system-tools
+.PHONY: demo test test-all lint bench bench-data bench-cluster clean system-tools
 
 .venv/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,10 @@ bench: .venv/ready  ## ratios, not seconds: machines are shared
 
 bench-data: .venv/ready  ## six minutes; IMAGES=folder of photographs of at least 1024x1024, else it invents some
 	$(RUN) tests.bench.data $(if $(IMAGES),--images $(IMAGES))
+
+bench-cluster: .venv/ready  ## nine minutes: what Ray and Accelerate cost a step, and from submit to the first step
+	$(RUN) tests.bench.cluster
+	$(RUN) tests.bench.submit
 
 system-tools:  # what fault tests inject with; they skip with the reason where this cannot install them
 	@command -v strace ip faketime >/dev/null && command -v ip >/dev/null && command -v faketime >/dev/null \

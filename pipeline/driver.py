@@ -21,10 +21,11 @@ import yaml
 from gradine import __version__
 from gradine.configs.schema import EnvironmentFault, Run, UserError, from_dict, load
 from gradine.pipeline import plan as planning
-from gradine.pipeline.cluster import connected, refuse_unplaceable
+from gradine.pipeline.cluster import connected
 from gradine.pipeline.display import Display
 from gradine.pipeline.jobs import refuse_relative, relative_paths
 from gradine.pipeline.lock import Held, InUse, lease
+from gradine.pipeline.places import refuse_unplaceable
 from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.session import Session, keep_settings, say_goodbye

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from gradine.configs.schema import EnvironmentFault, Run
-from gradine.pipeline.cluster import evaluation_fits, one_line, worker_environment
+from gradine.pipeline.cluster import one_line, worker_environment
 from gradine.pipeline.display import Board, Display
+from gradine.pipeline.places import evaluation_fits
 from gradine.pipeline.run_dir import RunDir
 from gradine.stages import commits, growth
 from gradine.stages.commits import location_of

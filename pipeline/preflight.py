@@ -16,9 +16,11 @@ from typing import Any
 
 from gradine.configs.schema import EnvironmentFault, Run, Stage, UserError
 from gradine.pipeline import plan as planning
-from gradine.pipeline.cluster import Group, connected, one_line, refuse_unplaceable
+from gradine.pipeline.cluster import connected, one_line
 from gradine.pipeline.display import duration
 from gradine.pipeline.driver import run_folder, settle
+from gradine.pipeline.group import Group
+from gradine.pipeline.places import refuse_unplaceable
 from gradine.pipeline.run_dir import warn
 from gradine.stages import growth
 from gradine.stages.memory import allocator_error, smaller_micro_batch

@@ -15,9 +15,10 @@ from typing import Any
 
 from gradine.configs.schema import CrashLoop, Diverged, EnvironmentFault, Run, dump, redacted
 from gradine.pipeline import plan as planning
-from gradine.pipeline.cluster import STOP_TO_GROW, Group, HostMemory, living_nodes, one_line
+from gradine.pipeline.cluster import one_line
 from gradine.pipeline.display import Board, Display, duration
 from gradine.pipeline.evaluations import Evaluations, best_checkpoints
+from gradine.pipeline.group import STOP_TO_GROW, Group, HostMemory, living_nodes
 from gradine.pipeline.lock import Held
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.signals import Signals, Stopped

@@ -13,7 +13,9 @@ import pytest
 
 from gradine.configs.schema import EnvironmentFault, Run, Stage, UserError
 from gradine.pipeline import driver, evaluations
-from gradine.pipeline.cluster import Group, interface_of, most_placeable, unplaceable, worker_environment
+from gradine.pipeline.cluster import worker_environment
+from gradine.pipeline.group import Group, interface_of
+from gradine.pipeline.places import most_placeable, unplaceable
 from gradine.pipeline.plan import with_workers, worker_counts
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.session import Session
@@ -177,7 +179,7 @@ def test_a_worker_is_no_rank_of_what_started_ray(
     """Slurm's PMI and mpirun leave their own count of processes, which Accelerate would believe."""
     for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
-    monkeypatch.setattr("gradine.pipeline.cluster.worker_environment", lambda threads: {"env_vars": {
+    monkeypatch.setattr("gradine.pipeline.group.worker_environment", lambda threads: {"env_vars": {
         **worker_environment(threads)["env_vars"], **{name: os.environ[name] for name in (
             "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE")}}})
     group = Group(tiny_run(), 0)

@@ -271,7 +271,7 @@ def test_f15_a_stop_while_sharding_ends_promptly_and_the_same_command_makes_the_
 
 
 GROUP_STUCK = '''
-CHANGES["gradine.pipeline.cluster"] = lambda cluster: hold("group") if first("group-once") else None
+CHANGES["gradine.pipeline.group"] = lambda cluster: hold("group") if first("group-once") else None
 '''
 WORKER_STUCK = '''
 CHANGES["gradine.stages.loop"] = lambda loop: hold("group") if first("group-once") else None

@@ -18,7 +18,7 @@ from gradine.configs.schema import EnvironmentFault, Run, UserError, as_dict, as
 from gradine.pipeline import __main__ as command_line
 from gradine.pipeline import plan as planning
 from gradine.pipeline import preflight
-from gradine.pipeline.cluster import Group
+from gradine.pipeline.group import Group
 from gradine.pipeline.preflight import Row, what_would_fit
 from gradine.stages.memory import OutOfMemory
 from gradine.stages.networks import Discriminator, Generator

@@ -17,8 +17,8 @@ import pytest
 
 from gradine.configs.schema import EnvironmentFault, Run, UserError
 from gradine.pipeline import driver
-from gradine.pipeline.cluster import send_signal, task_on
 from gradine.pipeline.display import Display
+from gradine.pipeline.group import send_signal, task_on
 from gradine.pipeline.plan import within_memory
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.session import Session, keep_settings
