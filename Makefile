@@ -32,11 +32,11 @@ bench-cluster: .venv/ready  ## nine minutes: what Ray and Accelerate cost a step
 	$(RUN) tests.bench.cluster
 	$(RUN) tests.bench.submit
 
-system-tools:  # what fault tests inject with; they skip with the reason where this cannot install them
-	@command -v strace ip faketime >/dev/null && command -v ip >/dev/null && command -v faketime >/dev/null \
+system-tools:  # what tests inject with and check scripts by; they skip with the reason where this cannot install it
+	@for tool in strace ip faketime shellcheck; do command -v $$tool >/dev/null || missing=1; done; [ -z "$$missing" ] \
 	  || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
-	       && apt-get update -qq && apt-get install -qq -y strace iproute2 faketime; } \
-	  || echo "strace, iproute2 or faketime missing: install them to run every fault test"
+	       && apt-get update -qq && apt-get install -qq -y strace iproute2 faketime shellcheck; } \
+	  || echo "strace, iproute2, faketime or shellcheck missing: install them to run every test"
 
 clean:
 	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -27,7 +27,7 @@ from gradine.pipeline.cluster import worker_environment
 from gradine.pipeline.places import most_placeable, place, placed
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.watchdog import Hang, Lost, Stragglers, Watchdog, Witness, verdict
-from gradine.stages.pulse import first_pulse, keep_record, last_stacks, look_at
+from gradine.stages.pulse import first_pulse, keep_record, last_stacks, look_at, look_back, memory_kills
 
 T = TypeVar("T")
 # What a scheduler or launcher around Ray leaves in the environment, and Accelerate would believe.
@@ -37,6 +37,7 @@ RAYS_NAMES = re.compile(r"\s*(class_name|actor_id|pid|name|namespace|ip):")  # l
 SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
 PROBE_S = 1.0  # to place those that a group could grow by: training goes on meanwhile
 SECONDS_TO_ANSWER = 15.0  # for a worker's node that is asked what it sees of it: a process starts there
+SECONDS_TO_LOOK_BACK = 6.0  # the same once a worker has died: its group waits to be started again
 STOP_TO_GROW = signal.SIGUSR2  # unlike SIGTERM it ends no worker that is just between two stages
 SECONDS_TO_END = 10.0  # for the other workers, once one has failed; one that hangs is ended by force
 
@@ -158,8 +159,6 @@ class Group:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Placed
 
-        from gradine.stages.memory import memory_kills
-
         actor = ray.remote(num_cpus=setting.cpus, num_gpus=setting.gpus, max_restarts=0)(Worker)
         environment = worker_environment(setting.threads)
         self.workers = [
@@ -265,7 +264,8 @@ class Group:
         nodes = self.nodes()
         return [Witness(rank, nodes[rank], pid, sights.get(rank)) for rank, (_, pid) in enumerate(self.places)]
 
-    def beside(self, function: Callable[..., T], arguments: dict[int, tuple[Any, ...]]) -> dict[int, T]:
+    def beside(self, function: Callable[..., T], arguments: dict[int, tuple[Any, ...]],
+               patience_s: float = SECONDS_TO_ANSWER) -> dict[int, T]:
         """function(*arguments[rank]) on each rank's node, but not in its worker; the answers that came in time."""
         import ray
 
@@ -274,7 +274,7 @@ class Group:
         asked = {task_on(self.places[rank][0], function, *arguments[rank]): rank for rank in arguments.keys() - local}
         answers = {rank: function(*arguments[rank]) for rank in local}
         if asked:
-            ready, silent = ray.wait([*asked], num_returns=len(asked), timeout=SECONDS_TO_ANSWER)
+            ready, silent = ray.wait([*asked], num_returns=len(asked), timeout=patience_s)
             for ref in ready:
                 with suppress(Exception):  # its node is gone
                     answers[asked[ref]] = ray.get(ref)
@@ -289,23 +289,16 @@ class Group:
         if not isinstance(error, RayActorError):
             return error
         node, pid = self.places[rank]
-        record = self.watchdog.records[rank]
-        sight = self.beside(look_at, {rank: (pid, record)}).get(rank) if record and node in living_nodes() else None
-        at = "; ".join(map(str, sight.lines)) if sight else ""
+        of_rank = {rank: (pid, self.watchdog.records[rank])}
+        told = self.beside(look_back, of_rank, SECONDS_TO_LOOK_BACK) if node in living_nodes() else {}
+        sight, kills = told.get(rank, (None, None))
+        at = f", at {'; '.join(map(str, sight.lines))}" if sight and sight.lines else ""
         who = f"rank {rank} (node {self.nodes()[rank]}, pid {pid})"
-        at = f", at {at}" if at else ""
         text = " ".join(line.strip() for line in str(error).splitlines() if not RAYS_NAMES.match(line))
-        if "low on memory" in text or self.memory_killed(rank):  # by Ray, by the kernel
+        by_the_kernel = kills is not None and kills > (self.kills[rank] or 0)
+        if by_the_kernel or "low on memory" in text:  # so Ray says when it ends one itself
             return HostMemory(f"{who} was ended because its host ran out of memory{at}: {text}")
         return Lost(f"{who} died{at}: {text}")
-
-    def memory_killed(self, rank: int) -> bool:
-        """Whether the kernel of a rank's host has ended processes for lack of memory since the group began."""
-        from gradine.stages.memory import memory_kills
-
-        before = self.kills.get(rank)
-        now = self.beside(memory_kills, {rank: ()}).get(rank) if self.places[rank][0] in living_nodes() else None
-        return before is not None and now is not None and now > before
 
     def last_words(self, error: Exception, others: dict[Any, int]) -> Generator[dict[str, Any], None, Exception]:
         """The events until the other workers have ended too, a save under way with them; then what ended the stage.

@@ -313,8 +313,8 @@ class Session:
 
     def could_grow(self, index: int) -> bool:
         """Whether there seems to be room for more workers; where that was found wrong, not before the nodes change."""
-        return (self.group is not None and self.group.could_grow(self.run.stages[index])
-                and self.grew_not_on != living_nodes())
+        return (self.group is not None and self.grew_not_on != living_nodes()
+                and self.group.could_grow(self.run.stages[index]))
 
     def grow(self, index: int) -> None:
         """Has a stage with fewer workers than it may have stop after a step, once there is room for more of them."""

@@ -70,15 +70,6 @@ def smaller_micro_batch(stage: Stage) -> int | None:
     return max((micro for micro in range(group, present, group) if share % micro == 0), default=None)
 
 
-def memory_kills() -> int | None:
-    """How many processes the kernel of this host has ended so far because memory ran out; None where it tells not."""
-    try:
-        counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-        return int(counts["oom_kill"])  # those in a cgroup with a limit of its own count too
-    except (OSError, KeyError, ValueError):
-        return None
-
-
 def room_gb(device: torch.device) -> float:
     """What this process may still take: of the GPU, or of the host within its cgroup's and its own limits."""
     if device.type == "cuda":

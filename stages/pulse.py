@@ -145,6 +145,20 @@ def look_at(pid: int, record: str) -> Sight:
     return Sight("" if state in "ZX" else state, kernel, read_record(record))
 
 
+def memory_kills() -> int | None:
+    """How many processes the kernel of this host has ended so far because memory ran out; None where it tells not."""
+    try:
+        counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        return int(counts["oom_kill"])  # those in a cgroup with a limit of its own count too
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def look_back(pid: int, record: str) -> tuple[Sight, int | None]:
+    """Of a process that has ended: what it was at, and `memory_kills` by now."""
+    return look_at(pid, record), memory_kills()
+
+
 def last_stacks(pid: int, record: str, patience_s: float = 2.0) -> str:
     """The stacks of all threads of a process that keeps `record`, which is then ended.
 

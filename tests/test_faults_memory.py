@@ -11,7 +11,7 @@ import pytest
 
 from gradine.configs.schema import Run, load
 from gradine.pipeline import driver, plan
-from gradine.stages.memory import memory_kills
+from gradine.stages.pulse import memory_kills
 from tests.injected import Injected, meanwhile
 from tests.test_faults_runs import bits, events, injected, unbroken, unmeasured  # noqa: F401 (fixtures)
 
