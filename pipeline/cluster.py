@@ -8,13 +8,15 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradine
 from gradine.configs.schema import EnvironmentFault, Run, UserError, require
+
+SECONDS_TO_CANCEL = 5.0  # a task whose node is gone gives no answer
 
 
 @contextmanager
@@ -123,6 +125,17 @@ def worker_environment(threads: int) -> dict[str, Any]:
     if ray.is_initialized() and ray.get_runtime_context().runtime_env.get("working_dir"):
         del environment["PYTHONPATH"]
     return {"env_vars": environment}
+
+
+def cancel(tasks: Iterable[Any]) -> None:
+    """Ends tasks, and waits until they have: an answer that meets the end of Ray itself aborts this process (2.60)."""
+    import ray
+
+    refs = [*tasks]
+    for ref in refs:
+        ray.cancel(ref, force=True)
+    if refs:
+        ray.wait(refs, num_returns=len(refs), timeout=SECONDS_TO_CANCEL)
 
 
 def one_line(error: Exception, stop_for: tuple[type[Exception], ...] = (UserError, EnvironmentFault)) -> str:

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,8 +131,9 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None, take_
                     make_shards(run, folder, shown, whole)
                 term = open_run(run, folder, plan, shown)
                 session = Session(run, folder, shown, signals, term, held)
-                session.train(plan)
-                session.evaluations.finish()
+                with closing(session.evaluations):
+                    session.train(plan)
+                    session.evaluations.finish()
                 session.retire(session.schedule.end)  # what stayed only because it waited to be measured
             except (UserError, EnvironmentFault) as error:
                 folder.record("stopped", reason=str(error))

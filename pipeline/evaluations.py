@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gradine.configs.schema import EnvironmentFault, Run
-from gradine.pipeline.cluster import one_line, worker_environment
+from gradine.pipeline.cluster import cancel, one_line, worker_environment
 from gradine.pipeline.display import Board, Display
 from gradine.pipeline.places import evaluation_fits
 from gradine.pipeline.run_dir import RunDir
@@ -77,6 +77,10 @@ class Evaluations:
                 of, _ = self.running.pop(ref)
                 self.waiting.insert(0, of)
                 self.shown.say(f"evaluation of {of.name} gives way to the training, and starts again later", "yellow")
+
+    def close(self) -> None:
+        """Ends the one under way: this session does not hear of it any more."""
+        cancel(self.running)
 
     def collect(self, wait_s: float = 0.0) -> None:
         """Takes in the evaluations that ended. One that failed leaves a line with its reason; training goes on."""

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from gradine.configs.schema import Data, EnvironmentFault, UserError, require
+from gradine.pipeline.cluster import cancel
 from gradine.pipeline.sources import Listing, digest, list_source, locate, read_images
 from gradine.stages.growth import resolutions
 from gradine.stages.pixels import Rejected, colour, encode, levels, open_image, squares, suffix
@@ -360,8 +361,7 @@ def _over_ray(source: str, slices: list[list[Entry]], missing: list[int], data: 
                 raise _told(error, number, data) from error
             yield number, part
     finally:
-        for left in in_flight:  # nobody waits for them any more: they must not write once the folder is free
-            ray.cancel(left, force=True)
+        cancel(in_flight)  # nobody waits for them any more: they must not write once the folder is free
 
 
 def _told(error: Exception, number: int, data: Data) -> Exception:

@@ -262,7 +262,7 @@ def test_f15_a_stop_while_sharding_ends_promptly_and_the_same_command_makes_the_
         injected.reached("slice")
         family = process.family()
         process.popen.send_signal(signal.SIGTERM)
-        assert process.ended() == 143
+        assert process.ended() == 143, process.err
     refuse_survivors(family)
     assert [line["reason"] for line in events(folder, "stopped")] == ["SIGTERM"]
     assert "Traceback" not in process.err
