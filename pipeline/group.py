@@ -85,13 +85,11 @@ class Worker:
 
 def says_why(error: Exception) -> bool:
     """Whether a worker's error is more than the end of a connection to another one."""
-    from ray.exceptions import RayActorError
-
     from gradine.stages.memory import OutOfMemory
     from gradine.stages.watch import NonFinite
 
     cause = getattr(error, "cause", None) or error
-    return isinstance(cause, UserError | EnvironmentFault | NonFinite | OutOfMemory | RayActorError | Lost)
+    return isinstance(cause, UserError | EnvironmentFault | NonFinite | OutOfMemory | Lost)
 
 
 class HostMemory(Lost):
