@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 
-.PHONY: demo test test-all lint bench bench-data bench-cluster clean system-tools
+.PHONY: demo test test-all lint bench bench-data bench-cluster bench-metrics clean system-tools
 
 .venv/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,10 @@ bench-data: .venv/ready  ## six minutes; IMAGES=folder of photographs of at leas
 bench-cluster: .venv/ready  ## nine minutes: what Ray and Accelerate cost a step, and from submit to the first step
 	$(RUN) tests.bench.cluster
 	$(RUN) tests.bench.submit
+
+bench-metrics: .venv/ready  ## ten minutes: metrics beside plain numpy, training beside an evaluation; SCIPY=PYTHON that has it
+	$(RUN) tests.bench.metrics $(if $(SCIPY),--scipy $(SCIPY))
+	$(RUN) tests.bench.evaluation
 
 system-tools:  # what tests inject with and check scripts by; they skip with the reason where this cannot install it
 	@for tool in strace ip faketime shellcheck; do command -v $$tool >/dev/null || missing=1; done; [ -z "$$missing" ] \

@@ -247,7 +247,7 @@ class Checkpoints:
 
     every_images: int = 100_000  # beside the one at each stage's end, which is always kept
     keep: int = 2  # newest checkpoints inside a stage that stay
-    best: str = "swd"  # the checkpoint with the lowest of this metric at each resolution stays too
+    best: str = "swd"  # the checkpoint with the lowest of this distance at each resolution stays too
     pin: list[str] = field(default_factory=list)  # names of checkpoints that stay whatever comes
     location: str = ""  # "": the run folder; a path, s3:// or gs://: checkpoints go below <location>/<name> instead
     background: bool = True  # False: training waits while a checkpoint is written, and holds no second copy of it
@@ -257,22 +257,47 @@ class Checkpoints:
         require(self.every_images > 0, f"checkpoints.every_images={self.every_images} must be positive.")
         require(self.keep >= 1, f"checkpoints.keep={self.keep}: keep at least 1, or a fault has nowhere to go back to.")
         require(self.retry_s >= 0, f"checkpoints.retry_s={self.retry_s} must not be negative.")
-        one_of("checkpoints.best", self.best, ["swd", "frechet_pixels16"])
         refuse_login("checkpoints.location", self.location)
         refuse_query("checkpoints.location", self.location)
 
 
+FAMILIES = ("swd", "ms_ssim", "fd", "kid", "neighbors", "is", "path_length", "copies", "discriminator")  # of metrics
+FEATURES = {"pixels": "pixels16", "lite0": "lite0_224", "lite0_128": "lite0_128", "inception": "inception",
+            "inception_clean": "inception_clean"}  # settings -> what the metrics' names end with
+FORMER_METRICS = {"frechet_pixels16": "fd_pixels16"}  # names in runs of before 0.2
+INCEPTION_METRICS = {"fd": "fid", "kid": "kid", "is": "is"}  # what the field calls them, with its own features alone
+
+
+def features_suffix(features: str) -> str:
+    """`lite0` -> `lite0_224`; of `module:function` the function."""
+    return FEATURES.get(features, features.rpartition(":")[2])
+
+
+def metric_name(kind: str, features: str) -> str:
+    """`fd`, `lite0` -> `fd_lite0_224`; `fd`, `inception_clean` -> `fid_clean`."""
+    if features in ("inception", "inception_clean") and kind in INCEPTION_METRICS:
+        return INCEPTION_METRICS[kind] + features.removeprefix("inception")
+    return f"{kind}_{features_suffix(features)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Metrics of the averaged generator at each stage's end, in a Ray task beside the training."""
+    """Metrics of the averaged generator at each stage's end, in a Ray task beside the training. See docs/metrics.md."""
 
     when: str = "stage"  # `stage`: at its end; `checkpoint`: at those still kept by their turn; `end`: after training
-    count: int = 20_000  # images per set at most; half of the reals, and 16,384 for SWD, are other bounds
-    memory_gb: float = 8.0  # the images of two sets fit in this, or the count is lowered
+    count: int = 20_000  # images per set at most; the reals, and what some metrics can take, are other bounds
+    features: list[str] = field(default_factory=lambda: ["pixels"])  # also `lite0`, `lite0_128`: with gradine[features]
+    metrics: list[str] = field(default_factory=lambda: [*FAMILIES])
+    floor: bool = True  # reals in two sets, for the noise floor; False: one set of all, as published distances have it
+    held_out: str = ""  # location of shards that are not trained on: memorisation shows against them
+    inception: str = ""  # file or URL of the published Inception weights, for the features `inception`
+    inception_sha256: str = ""  # of that file, where it is another one than the usual state dict
+    memory_gb: float = 8.0  # the images of two sets fit in this, or SWD's count is lowered
     untrained: bool = True  # score an untrained generator too, to see how far the training came
     cpus: float = 1.0
     gpus: float = 0.0
     samples: int = 64  # images in a grid
+    deadline_s: float = 14_400.0  # an evaluation that takes longer is ended; its figures are null
 
     def __post_init__(self) -> None:
         one_of("evaluation.when", self.when, ["stage", "checkpoint", "end"])
@@ -280,6 +305,24 @@ class Evaluation:
                 f"evaluation.cpus={self.cpus}, gpus={self.gpus} or memory_gb={self.memory_gb} is negative.")
         require(self.count >= 2, f"evaluation.count={self.count} must be at least 2.")
         require(self.samples >= 1, f"evaluation.samples={self.samples} must be at least 1.")
+        require(self.deadline_s > 0, f"evaluation.deadline_s={self.deadline_s} must be positive.")
+        for name in self.metrics:
+            one_of("evaluation.metrics", name, FAMILIES)
+        for name in self.features:
+            if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+                one_of("evaluation.features", name, [*FEATURES, "module:function"])
+        names = [features_suffix(name) for name in self.features]
+        require(len(set(names)) == len(names), f"evaluation.features={self.features} holds two of the same name.")
+        require(re.fullmatch(r"|[0-9a-f]{64}", self.inception_sha256) is not None,
+                f"evaluation.inception_sha256={self.inception_sha256!r} is no sha256: 64 digits and letters a to f.")
+        for name in ("held_out", "inception"):
+            refuse_login(f"evaluation.{name}", getattr(self, name))
+            refuse_query(f"evaluation.{name}", getattr(self, name))
+
+    def distances(self) -> list[str]:
+        """The names of the metrics of which less is better, and by which a checkpoint can be the best."""
+        kinds = [kind for kind in ("fd", "kid") if kind in self.metrics]
+        return ["swd"] * ("swd" in self.metrics) + [metric_name(k, name) for k in kinds for name in self.features]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +420,11 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     preset = dict(pairs).get("preset", raw.get("preset") if presets else None)
     for path, value in _preset_changes(presets, str(preset)).items() if preset else ():
         assign(raw, path, value)
-    return _with(raw, pairs)
+    run = _with(raw, pairs)
+    # Not among the checks of Run itself: a checkpoint may be measured afterwards by other metrics than its run's.
+    best, measured = run.checkpoints.best, run.evaluation.distances()
+    one_of("checkpoints.best", FORMER_METRICS.get(best, best), measured or ["swd"])
+    return run
 
 
 def shard_settings(source: str, shards: str, overrides: Iterable[str]) -> Data:

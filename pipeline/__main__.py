@@ -107,11 +107,31 @@ def inspect(shards: Annotated[str, typer.Argument(help="Location of a set of sha
 
 @app.command()
 def evaluate(folder: Folder,
-             checkpoint: Annotated[str, typer.Option(help="Name of a checkpoint; default: the newest.")] = "") -> None:
-    """Measure a checkpoint of RUN here and now, and add the figures to its metrics and report."""
+             checkpoint: Annotated[str, typer.Option(help="Name of a checkpoint; default: the newest.")] = "",
+             stage: Annotated[int, typer.Option(metavar="RESOLUTION", help="The newest one of this stage.")] = 0,
+             metrics: Annotated[str, typer.Option(
+                 metavar="NAME,...", help="Instead of evaluation.metrics, e.g. swd,fd,neighbors.")] = "",
+             features: Annotated[str, typer.Option(
+                 metavar="NAME,...", help="Instead of evaluation.features, e.g. pixels,lite0.")] = "",
+             count: Annotated[int, typer.Option(help="Instead of evaluation.count: images per set at most.")] = 0,
+             address: Annotated[str, typer.Option(help="Ray cluster to do it on; empty: here.")] = "") -> None:
+    """Measure a checkpoint of RUN now, and add the figures to its metrics and report. The run may be training."""
     from gradine.pipeline.commands import evaluate_run
 
-    evaluate_run(folder, checkpoint)
+    changes = {"metrics": metrics and metrics.split(","), "features": features and features.split(","), "count": count}
+    evaluate_run(folder, checkpoint, stage, {name: value for name, value in changes.items() if value}, address)
+
+
+@app.command()
+def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders.")],
+            checkpoint: Annotated[str, typer.Option(help="Of this name, in each run.")] = "",
+            stage: Annotated[int, typer.Option(
+                metavar="RESOLUTION", help="Default: the highest whose end all runs have measured.")] = 0,
+            as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Put the figures of runs side by side; refuses what was not measured alike. Nothing is computed."""
+    from gradine.pipeline.compare import compare_runs
+
+    typer.echo(compare_runs(folders, checkpoint, stage, as_json))
 
 
 @app.command()

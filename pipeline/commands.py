@@ -6,17 +6,29 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.progress import Progress
 
-from gradine.configs.schema import Cluster, Run, Stage, UserError, is_power_of_two, load, require, shard_settings
+from gradine.configs.schema import (
+    Cluster,
+    EnvironmentFault,
+    Run,
+    Stage,
+    UserError,
+    is_power_of_two,
+    load,
+    require,
+    shard_settings,
+)
 from gradine.pipeline import plan as planning
 from gradine.pipeline import scaling
-from gradine.pipeline.cluster import connected
+from gradine.pipeline.cluster import SECONDS_TO_CANCEL, connected, one_line
 from gradine.pipeline.display import duration
-from gradine.pipeline.driver import run_folder, settle
-from gradine.pipeline.evaluations import figures_line
+from gradine.pipeline.driver import absolute, run_folder, settle
+from gradine.pipeline.evaluations import evaluator
+from gradine.pipeline.figures import figures_line
+from gradine.pipeline.places import evaluation_fits
 from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.shards import SHAPING, shard, source_of, summary_line
@@ -25,6 +37,9 @@ from gradine.stages import commits
 from gradine.stages.commits import location_of
 from gradine.stages.data import has_level, read_index
 from gradine.stages.store import Store
+
+if TYPE_CHECKING:
+    from gradine.stages.evaluate import Evaluated
 
 
 def print_plan(run: Run, nodes: str = "") -> None:
@@ -93,8 +108,12 @@ def shard_images(locations: list[str], settings: list[str], resolution: int, res
     print(summary_line(summary, data.shards))
 
 
-def chosen(path: Path, name: str) -> tuple[RunDir, Run, commits.Checkpoint, dict[str, bytes]]:
-    """A run folder, its settings, and a verified checkpoint of it: by name, else the newest valid one."""
+def chosen(path: Path, name: str = "", resolution: int = 0
+           ) -> tuple[RunDir, Run, commits.Checkpoint, dict[str, bytes]]:
+    """A run folder, its settings, and a verified checkpoint of it: by name, else the newest valid one, if given of
+    that resolution."""
+    require(not (name and resolution), f"--checkpoint={name} and --stage={resolution} both choose a checkpoint. "
+                                       "Give one of them.")
     folder = RunDir.existing(path)
     run = load(folder.config)
     location = location_of(run, folder.path)
@@ -102,6 +121,11 @@ def chosen(path: Path, name: str) -> tuple[RunDir, Run, commits.Checkpoint, dict
     if name:
         found = [c for c in found if c.name == name]
         require(bool(found), f"{path} has no checkpoint {name!r}. Look into {location}.")
+    if resolution:
+        sizes = sorted({c.resolution for c in found})
+        found = [c for c in found if c.resolution == resolution]
+        require(bool(found), f"{path} has no checkpoint of {resolution} px. Give --stage with one of: "
+                             f"{', '.join(map(str, sizes)) or 'none yet'}.")
     newest, passed_over = commits.newest_valid(found)
     if newest is None:
         damaged += passed_over
@@ -109,16 +133,48 @@ def chosen(path: Path, name: str) -> tuple[RunDir, Run, commits.Checkpoint, dict
     return folder, run, *newest
 
 
-def evaluate_run(path: Path, name: str) -> None:
+def evaluate_run(path: Path, name: str, resolution: int, changes: dict[str, Any], address: str) -> None:
+    """Measures a checkpoint with `changes` to the run's evaluation, here or on the cluster at `address`.
+
+    The run may be training meanwhile: rows and pictures are only added, and neither lock nor ledger is touched.
+    """
+    folder, run, of, _ = chosen(path, name, resolution)
+    run = replace(run, evaluation=replace(run.evaluation, **changes))
+    measured = on_cluster(run, of.path, address) if address else measured_here(run, of.path)
+    folder.keep_pictures(measured.pictures)
+    folder.append("metrics.jsonl", *measured.rows)
+    folder.close()
+    print(figures_line(of, measured.rows))
+    print(f"report: {write_report(folder)}")
+
+
+def measured_here(run: Run, path: str) -> Evaluated:
     from gradine.stages.evaluate import evaluate
 
-    folder, run, of, _ = chosen(path, name)
-    rows = evaluate(run, of.path, str(folder.path), threads=max(1, int(run.evaluation.cpus)))
-    for row in rows:
-        folder.append("metrics.jsonl", row)
-    folder.close()
-    print(figures_line(of, rows))
-    print(f"report: {write_report(folder)}")
+    return evaluate(run, path, threads=max(1, int(run.evaluation.cpus)))
+
+
+def on_cluster(run: Run, path: str, address: str) -> Evaluated:
+    """By an evaluator with evaluation.cpus and .gpus. EnvironmentFault if it cannot be placed, dies or is late."""
+    run = absolute(replace(run, ray=replace(run.ray, address=address)))
+    asked = run.evaluation
+    with connected(run):
+        import ray
+
+        if not evaluation_fits(run, ray.nodes()):
+            raise EnvironmentFault(f"no node at {address} has evaluation.cpus={asked.cpus:g} and .gpus={asked.gpus:g}. "
+                                   "Leave --address out to measure here.")
+        actor, threads = evaluator(run)
+        placed = actor.__ray_ready__.remote()  # asked first: an actor answers in turn
+        found = actor.evaluate.remote(run, path, threads)
+        try:
+            ray.get(placed)  # waiting for a place is not held against it
+            return cast("Evaluated", ray.get(found, timeout=asked.deadline_s))
+        except ray.exceptions.RayError as error:
+            raise EnvironmentFault(f"{path} could not be measured at {address}: {one_line(error)}") from error
+        finally:
+            ray.kill(actor)
+            ray.wait([found], timeout=SECONDS_TO_CANCEL)  # an answer that meets Ray's own end aborts this process
 
 
 def sample_run(path: Path, out: Path, count: int, seed: int, name: str) -> None:

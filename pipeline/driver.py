@@ -23,6 +23,7 @@ from gradine.configs.schema import EnvironmentFault, Run, UserError, from_dict, 
 from gradine.pipeline import plan as planning
 from gradine.pipeline.cluster import connected
 from gradine.pipeline.display import Display
+from gradine.pipeline.evaluations import measured
 from gradine.pipeline.jobs import refuse_relative, relative_paths
 from gradine.pipeline.lock import Held, InUse, lease
 from gradine.pipeline.places import refuse_unplaceable
@@ -54,7 +55,11 @@ def absolute(run: Run) -> Run:
                    cache_dir=absolute_location(run.data.cache_dir, home=False))  # each node has a home of its own
     location = run.checkpoints.location
     kept = replace(run.checkpoints, location=absolute_location(location) if location else "")
-    return replace(run, data=data, checkpoints=kept, runs=str(Path(run.runs).expanduser().absolute()))
+    held_out, inception = (path and absolute_location(path) for path in (run.evaluation.held_out,
+                                                                        run.evaluation.inception))
+    evaluation = replace(run.evaluation, held_out=held_out, inception=inception)
+    return replace(run, data=data, checkpoints=kept, evaluation=evaluation,
+                   runs=str(Path(run.runs).expanduser().absolute()))
 
 
 def settle(run: Run, folder: RunDir) -> tuple[Run, planning.Plan]:
@@ -193,9 +198,9 @@ def is_complete(run: Run, folder: RunDir, plan: planning.Plan) -> bool:
     """Whether all of it was trained, measured and reported before, with these very settings."""
     if plan.stages or not folder.report.is_file() or kept_settings(run, folder) != run:
         return False
-    measured = {row["checkpoint"] for row in folder.lines("metrics.jsonl")}
     found = commits.find(location_of(run, folder.path))[0]
-    return bool(found) and measured >= {one.name for one in found if one.stage_end}
+    done = measured(folder.lines("metrics.jsonl"))
+    return bool(found) and done >= {one.name for one in found if one.stage_end}
 
 
 def open_run(run: Run, folder: RunDir, plan: planning.Plan, shown: Display) -> Term:

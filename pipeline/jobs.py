@@ -134,7 +134,8 @@ def relative_paths(run: Run) -> dict[str, str]:
     """The settings whose paths hold only in the folder where they were written down."""
     paths = {"runs": run.runs, "data.source": run.data.source, "data.shards": run.data.shards,
              "data.cache_dir": run.data.cache_dir, "checkpoints.location": run.checkpoints.location,
-             "init_from": run.init_from}
+             "init_from": run.init_from, "evaluation.held_out": run.evaluation.held_out,
+             "evaluation.inception": run.evaluation.inception}
     return {key: path for key, path in paths.items() if path and not re.match(r"[/~]|bundled:|\w[\w+.-]*://", path)}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import re
 import time
 from collections.abc import Iterable
@@ -24,6 +23,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from gradine.configs.schema import Run, dump, from_dict, require
+from gradine.pipeline import figures
+from gradine.pipeline.figures import DASH, figure_text
 from gradine.pipeline.run_dir import RunDir
 from gradine.stages import growth
 from gradine.stages.store import write_atomic
@@ -35,9 +36,8 @@ if TYPE_CHECKING:
 Line = dict[str, Any]  # of ledger.jsonl or metrics.jsonl
 COLUMNS = 8  # of a grid
 LARGE_ROWS, PAIR_ROWS = 8, 4  # of a grid: as many as are shown large, and beside the reals
-LARGE_PX, PAIR_PX = 1024, 768  # width a picture is reduced to: nine stages stay below about 6 MB
+LARGE_PX, PAIR_PX = 1024, 768  # width a picture is reduced to: nine stages stay below about 8 MB
 REJECTED_SHOWN, EVENTS_SHOWN, ALARMS_SHOWN = 20, 100, 20
-METRICS = {"swd": "SWD × 10³", "frechet_pixels16": "Fréchet distance at 16 px", "ms_ssim": "MS-SSIM of pairs"}
 
 
 def write_report(run_dir: RunDir) -> Path:
@@ -50,18 +50,20 @@ def write_report(run_dir: RunDir) -> Path:
     reached = max((line["images_seen"] for line in history if "images_seen" in line), default=0)
     spans = [(start, min(end, reached)) for start, end in map(plan.stage_span, range(len(run.stages)))]
     stages = [stage_facts(run, index, span, history) for index, span in enumerate(spans)]
+    rows = figures.latest(run_dir.lines("metrics.jsonl"))
     results = [result for stage, span in zip(run.stages, spans, strict=True)
-               if (result := stage_result(run_dir, stage.resolution, span))]
+               if (result := stage_result(run_dir, rows, stage.resolution, span))]
     distances = [row for result in results if (row := result.metrics.get("swd"))]
     ticks = [line for line in history if line["event"] == "tick"]
     page = template("report.html.jinja").render(
         run=run, reached=reached, end=plan.end, seconds=working_seconds(ledger), stages=stages, results=results,
         hero=newest_samples(results), panels=curves(ticks, plan, reached), distance=distance_by_stage(distances),
+        course=distances_over_checkpoints(rows, spans, run, plan, reached),
         final=next((row for row in reversed(distances) if row["value"] is not None), None),
         shards=_last(ledger, "shards"), rejected=rejected(run), rejected_shown=REJECTED_SHOWN,
         alarms=[line for line in ledger if line["event"] == "alarm"], alarms_shown=ALARMS_SHOWN,
         events=events(ledger, ticks), events_shown=EVENTS_SHOWN, settings=dump(run), start=_last(ledger, "start"),
-        written=time.time(), metrics=METRICS)
+        written=time.time(), figures=figures)
     write_atomic(run_dir.report, page.encode(errors="replace"))  # a file name may hold bytes that are no UTF-8
     return run_dir.report
 
@@ -102,36 +104,49 @@ class Result:
     """What one stage's last evaluation left: pictures and metric rows, either of which may be missing."""
 
     resolution: int
-    metrics: dict[str, Line]
+    metrics: dict[str, Line]  # in the order in which they are read
     samples: Path | None = None
     images_seen: int | None = None  # of the samples
     fakes: Picture | None = None
     reals: Picture | None = None
     strip: Picture | None = None  # the first latents, in one row
     tiles: int = 0  # of the strip
+    neighbors: Picture | None = None  # fakes, and below each the training image nearest to it
+    neighbors_seen: int | None = None
 
 
-def stage_result(run_dir: RunDir, resolution: int, span: tuple[int, int]) -> Result | None:
-    """Of files and rows inside the stage's span: those of a branch that was given up may lie beyond it."""
-    def inside(images_seen: int) -> bool:
-        return span[0] < images_seen <= span[1]
+def stage_result(run_dir: RunDir, rows: list[Line], resolution: int, span: tuple[int, int]) -> Result | None:
+    """Of files and rows inside the stage's span: those of a branch that was given up may lie beyond it.
 
-    rows = [row for row in run_dir.lines("metrics.jsonl")
-            if row["resolution"] == resolution and inside(row["images_seen"])]
-    last = max((row["images_seen"] for row in rows), default=None)
-    metrics = {row["metric"]: row for row in rows if row["images_seen"] == last}
-    files = {int(number): path for path in run_dir.samples.glob(f"r{resolution:04d}-*.png")
-             if (number := path.stem.partition("-")[2]).isdecimal()}
-    seen = max(filter(inside, files), default=None)
-    grid = opened(files[seen]) if seen is not None else None
-    if seen is None or grid is None:
-        return Result(resolution, metrics) if metrics else None
-    reals = opened(run_dir.samples / f"r{resolution:04d}-reals.png")
+    Shown is the last checkpoint of which an evaluation worked.
+    """
+    own = [row for row in rows if row["resolution"] == resolution and span[0] < row["images_seen"] <= span[1]]
+    shown = max(own, key=lambda row: (not row["failed"], row["images_seen"]), default={"checkpoint": None})
+    metrics = {row["metric"]: row for row in sorted(own, key=lambda row: figures.order(row["metric"]))
+               if row["checkpoint"] == shown["checkpoint"]}
+    beside = opened(run_dir.samples / f"r{resolution:04d}-reals.png")
+    seen, path, grid = newest_picture(run_dir, resolution, span, "")
+    neighbors_seen, _, neighbors = newest_picture(run_dir, resolution, span, "-neighbors")
+    nearest = embed(neighbors, LARGE_PX) if neighbors else None
+    if grid is None:
+        found = Result(resolution, metrics, neighbors=nearest, neighbors_seen=neighbors_seen)
+        return found if metrics or nearest else None
     tiles = min(COLUMNS, max(1, grid.width // resolution))
     strip = grid.crop((0, 0, tiles * resolution, resolution))
-    fakes, beside = (embed(top_of(image, PAIR_ROWS * resolution), PAIR_PX) if image else None
-                     for image in (grid, reals))
-    return Result(resolution, metrics, files[seen], seen, fakes, beside, embed(strip, LARGE_PX), tiles)
+    fakes, reals = (embed(top_of(image, PAIR_ROWS * resolution), PAIR_PX) if image else None
+                    for image in (grid, beside))
+    return Result(resolution, metrics, path, seen, fakes, reals, embed(strip, LARGE_PX), tiles, nearest,
+                  neighbors_seen)
+
+
+def newest_picture(run_dir: RunDir, resolution: int, span: tuple[int, int], kind: str
+                   ) -> tuple[int, Path, Image.Image] | tuple[None, None, None]:
+    """(images seen, file, picture) of samples/r<resolution>-<images seen><kind>.png; Nones without a whole one."""
+    files = {int(number): path for path in run_dir.samples.glob(f"r{resolution:04d}-*{kind}.png")
+             if (number := path.stem.partition("-")[2].removesuffix(kind)).isdecimal()}
+    seen = max((seen for seen in files if span[0] < seen <= span[1]), default=None)
+    picture = opened(files[seen]) if seen is not None else None
+    return (seen, files[seen], picture) if seen is not None and picture else (None, None, None)
 
 
 def newest_samples(results: list[Result]) -> tuple[Result, Picture] | None:
@@ -235,6 +250,31 @@ def distance_by_stage(rows: list[Line]) -> Markup | None:
     shown = np.concatenate([value[value > 0] for value in values.values()])
     axes.set_ylim(shown.min() / 2, shown.max() * 2)
     return _svg(figure, "SWD by stage")
+
+
+@dataclass(frozen=True)
+class Course:
+    metrics: list[str]  # in the order of SERIES
+    svg: str
+
+
+def distances_over_checkpoints(rows: list[Line], spans: list[tuple[int, int]], run: Run, plan: growth.Schedule,
+                               reached: int) -> Course | None:
+    """Of each stage a line for each distance, where a stage has several measured checkpoints."""
+    metrics = figures.distances_of(rows)
+    lines: list[tuple[str, list[Line]]] = []
+    for stage, (first, last) in zip(run.stages, spans, strict=True):
+        own = sorted((row for row in rows if row["resolution"] == stage.resolution and row["value"] is not None
+                      and row["value"] > 0 and first < row["images_seen"] <= last), key=lambda row: row["images_seen"])
+        lines += [(metric, [row for row in own if row["metric"] == metric]) for metric in metrics]
+    if all(len(of_stage) < 2 for _, of_stage in lines):
+        return None
+    figure, axes = _figure(log=True)
+    for metric, of_stage in lines:
+        axes.plot([row["images_seen"] for row in of_stage], [row["value"] for row in of_stage], "o-", markersize=4,
+                  linewidth=1.3, color=SERIES[metrics.index(metric)])
+    _mark_stages(axes, plan, reached)
+    return Course(metrics, _svg(figure, "Distances over checkpoints"))
 
 
 def _figure(log: bool) -> tuple[Figure, Axes]:
@@ -380,23 +420,12 @@ def _last(lines: list[Line], event: str) -> Line | None:
 
 # Template ------------------------------------------------------------------------------------------------------------
 
-DASH = "–"
-
-
 def template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(figure=figure_text, duration=duration, percent=percent, clock=clock, count=count)
+    environment.filters.update(figure=figure_text, label=figures.label, duration=duration, percent=percent, clock=clock,
+                               count=count)
     return environment.get_template(name)
-
-
-def figure_text(value: float | None) -> str:
-    """Four significant digits; a dash for None."""
-    if value is None:
-        return DASH
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def count(value: int | None) -> str:

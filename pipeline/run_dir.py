@@ -22,6 +22,7 @@ from typing import Any
 
 from gradine.configs.schema import EnvironmentFault, UserError, redacted
 from gradine.pipeline import lock
+from gradine.stages.store import write_atomic
 
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # a disk may recover from these
 RIGHTS = {errno.EROFS, errno.EACCES}  # someone may mend these; a run that had them from the start cannot begin
@@ -78,19 +79,20 @@ class RunDir:
         """One more try to write what waits, then a line for each file that lacks lines for good."""
         return [line for journal in self.journals.values() if (line := journal.last_words())]
 
-    def record(self, event: str, **facts: Any) -> dict[str, Any]:
+    def record(self, event: str, **facts: Any) -> None:
         """Appends one line to the ledger."""
-        return self.append("ledger.jsonl", {"time": round(time.time(), 3), "event": event, **facts})
+        self.append("ledger.jsonl", {"time": round(time.time(), 3), "event": event, **facts})
 
-    def append(self, file: str, line: dict[str, Any]) -> dict[str, Any]:
-        """Appends one line to a .jsonl file, without the secrets in its texts; it may wait for a disk to recover.
+    def append(self, file: str, *lines: dict[str, Any]) -> None:
+        """Appends lines to a .jsonl file, without the secrets in their texts; they may wait for a disk to recover.
 
+        Those of one call go in one write: a process that is killed leaves all of them or none.
         Once a line was taken, one also waits where the right to write is gone: checkpoints may lie on another disk.
         """
         journal = self.journals.setdefault(file, Journal(self.path / file, lambda text: self.tell(text)))
-        journal.append(json.dumps(without_secrets(line)).encode() + b"\n", PASSING | RIGHTS if self.began else PASSING)
+        content = b"".join(json.dumps(without_secrets(line)).encode() + b"\n" for line in lines)
+        journal.append(content, PASSING | RIGHTS if self.began else PASSING)
         self.began = True
-        return line
 
     def lines(self, file: str) -> list[dict[str, Any]]:
         """Every whole line of a .jsonl file and those that wait; one torn by a kill in mid-write is left out."""
@@ -102,6 +104,14 @@ class RunDir:
             with suppress(ValueError):
                 parsed.append(json.loads(text))
         return parsed
+
+    def keep_pictures(self, pictures: dict[str, bytes]) -> None:
+        """Writes each, by its name, into samples/, whole or not at all. A disk that fails costs only the pictures."""
+        for name, content in pictures.items():
+            try:
+                write_atomic(self.samples / name, content)
+            except (OSError, EnvironmentFault) as error:
+                self.tell(f"{self.samples / name} could not be written: {error}")
 
     def history(self) -> list[dict[str, Any]]:
         """The ledger as one lineage: what a later resume or branch went back behind is dropped."""

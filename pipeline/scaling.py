@@ -30,7 +30,8 @@ STORAGE_BYTES_S = 1e9  # the shared disk or object store, all nodes together
 DECODED_PX_S = {"raw": 3_600e6, "jpeg": 196e6, "webp": 50e6, "png": 36e6}
 SORTED_FLOATS_S = 22e6
 SIZE_OF_RAW = {"raw": 1.0, "jpeg": 0.2, "webp": 0.4, "png": 0.55}  # of photographs, where no shards tell
-PATCHES, DIRECTIONS, MOST_SORTED, COVERED, PAIRED = 128, 512, 16_384, 2_000, 20_000  # of an evaluation
+PATCHES, DIRECTIONS, MOST_SORTED, PAIRED, PATHS, SCORED = 128, 512, 16_384, 20_000, 1_000, 2_000  # of an evaluation
+LOOKED_AT_S = {"lite0": 43, "lite0_128": 130, "inception": 5, "inception_clean": 5}  # images a second and core
 TAR = 512  # bytes of a member's header, and what its content is rounded up to
 
 
@@ -172,19 +173,25 @@ def levels_of(run: Run, indices: dict[int, dict[str, Any]]) -> dict[int, Level]:
 
 
 def evaluation_s(run: Run, resolution: int, images: int | None) -> float:
-    """The generator's passes and the sorting of patches; what else a metric computes is less."""
+    """The generator's passes, the feature networks', and the sorting of patches; what else is computed is less."""
     asked = run.evaluation
-    known = images if images is not None else 2 * MOST_SORTED
+    known = images if images is not None else 2 * max(asked.count, MOST_SORTED)
+    count = max(1, min(asked.count, known // (1 + asked.floor)))
     fitting = int(asked.memory_gb * 1e9 / (2 * run.data.channels * resolution**2))
-    count = max(1, min(asked.count, MOST_SORTED, known // 2, fitting))
-    pairs = min(asked.count, PAIRED, known) if resolution >= 64 else 0
-    passes = count * (4 if asked.untrained else 2) + min(count, COVERED) + pairs
-    threads = max(1, int(asked.cpus))
-    speed = 1e9 * (planning.ASSUMED_GMACS["gpu"] * asked.gpus or planning.ASSUMED_GMACS["cpu"] * threads)
-    sets = 6 if asked.untrained else 4  # each distance sorts both of its sets; the third one is the noise floor
+    sorted_images = max(1, min(count, MOST_SORTED, fitting))
+    paired = min(asked.count, PAIRED, known) if resolution >= 64 and "ms_ssim" in asked.metrics else 0
+    passes = max(count, paired) + count * asked.untrained
+    steps = 2 * min(count, PATHS) * ("path_length" in asked.metrics)
+    passes += steps + min(count, SCORED) * ("discriminator" in asked.metrics)
+    threads, gpu = max(1, int(asked.cpus)), planning.ASSUMED_GMACS["gpu"] * asked.gpus
+    faster = gpu / planning.ASSUMED_GMACS["cpu"] or threads  # than one core
+    generating = passes * planning.macs_per_image(run, resolution) / (1e9 * planning.ASSUMED_GMACS["cpu"] * faster)
+    seen = count * (2 + asked.floor + asked.untrained) + steps
+    looking = sum(seen / LOOKED_AT_S[name] for name in asked.features if name in LOOKED_AT_S) / faster
+    sets = 2 * (1 + asked.floor + asked.untrained) * ("swd" in asked.metrics)  # each distance sorts both of its sets
     pyramid = max(1, int(math.log2(resolution)) - 3)
-    floats = pyramid * sets * DIRECTIONS * count * (PATCHES if resolution > 4 else 1)
-    return passes * planning.macs_per_image(run, resolution) / speed + floats / SORTED_FLOATS_S / threads
+    floats = pyramid * sets * DIRECTIONS * sorted_images * (PATCHES if resolution > 4 else 1)
+    return generating + looking + floats / SORTED_FLOATS_S / threads
 
 
 def worker_s(run: Run, stage: Stage, measured: Measured) -> float:

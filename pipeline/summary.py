@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gradine.configs.schema import EnvironmentFault, Run, UserError, redacted
-from gradine.pipeline import report, webhook
+from gradine.pipeline import figures, report, webhook
 from gradine.pipeline.display import duration
 from gradine.pipeline.plan import seconds_left
 from gradine.pipeline.report import Picture
@@ -28,7 +28,6 @@ from gradine.stages import growth
 from gradine.stages.store import write_atomic
 
 Line = dict[str, Any]  # of ledger.jsonl or metrics.jsonl
-IMPROVING = {"swd": "SWD", "frechet_pixels16": "Fréchet distance of pixels"}  # metrics of which less is better
 TROUBLE_SHOWN, ALARMS_SHOWN, FIGURES_SHOWN, STAGES_SHOWN = 5, 2, 4, 5  # the newest, so that it stays one page
 TEXT_SHOWN = 150  # letters of a reason
 PICTURE_ROWS, PICTURE_PX = 4, 448  # of a grid: two take less than 300 kB, whatever they show
@@ -104,7 +103,7 @@ class Night:
     masked: tuple[int, int] = (0, 0)  # updates of the discriminator and the generator
     checkpoints: list[str] = field(default_factory=list)
     best: list[Best] = field(default_factory=list)
-    figures: list[tuple[str, dict[str, Line]]] = field(default_factory=list)  # checkpoint, its rows by metric
+    measured: list[tuple[str, dict[str, Line]]] = field(default_factory=list)  # checkpoint, its rows by metric
 
 
 def night_of(run: Run, ledger: list[Line], mark: int, rows: list[Line], outcome: Outcome, began: float,
@@ -116,6 +115,7 @@ def night_of(run: Run, ledger: list[Line], mark: int, rows: list[Line], outcome:
     kept = [line["images_seen"] for line in now if line["event"] == "checkpoint"]
     last = max(resumes[-1], reached(now))
     measured = [line["checkpoint"] for line in lines if line["event"] == "evaluation" and not line["error"]]
+    rows = figures.latest(rows)
     own = [row for row in rows if row["checkpoint"] in measured]
     stages = stages_of(lines, now)
     return Night(
@@ -128,8 +128,8 @@ def night_of(run: Run, ledger: list[Line], mark: int, rows: list[Line], outcome:
         masked=masked_since(lineage(ledger), resumes[0]),
         checkpoints=[Path(line["path"]).name for line in lines if line["event"] == "checkpoint"],
         best=new_best(rows, own),
-        figures=[(name, {row["metric"]: row for row in own if row["checkpoint"] == name})
-                 for name in dict.fromkeys(measured)])
+        measured=[(name, {row["metric"]: row for row in own if row["checkpoint"] == name})
+                  for name in dict.fromkeys(measured)])
 
 
 def reached(lines: Iterable[Line]) -> int:
@@ -194,15 +194,18 @@ def masked_since(history: list[Line], first: int) -> tuple[int, int]:
 
 
 def new_best(rows: list[Line], own: list[Line]) -> list[Best]:
-    """Where one of the session's `own` rows is lower than every other one of its metric and resolution."""
+    """Where one of the session's `own` rows is lower than every other one of its metric and resolution that was
+    measured alike: of SWD and of the Fréchet distance of the strongest features."""
     found = []
-    for metric in IMPROVING:
+    rows, own = [row for row in rows if row["value"] is not None], [row for row in own if row["value"] is not None]
+    for metric in figures.distances_of(own):
         for size in sorted({row["resolution"] for row in own}):
-            of_both = [row for row in rows if (row["metric"], row["resolution"]) == (metric, size)
-                       and row["value"] is not None and math.isfinite(row["value"])]
-            now = min((row for row in of_both if row in own), key=lambda row: row["value"], default=None)
-            was = min((row["value"] for row in of_both if row not in own), default=None)
-            if now and (was is None or now["value"] < was):
+            now = min((row for row in own if (row["metric"], row["resolution"]) == (metric, size)),
+                      key=lambda row: row["value"], default=None)
+            if now is None:
+                continue
+            was = min((row["value"] for row in rows if row not in own and figures.alike(row, now)), default=None)
+            if was is None or now["value"] < was:
                 found.append(Best(metric, size, was, now["value"], now["checkpoint"]))
     return found
 
@@ -237,7 +240,7 @@ def paragraph(night: Night) -> str:
     if night.alarms:
         said.append(f"{len(night.alarms)} alarm{'s' * (len(night.alarms) > 1)}, the last: "
                     f"{shortened(night.alarms[-1]['message'], 200).rstrip('.')}.")
-    said += [f"New best {IMPROVING[best.metric]} at {best.resolution} px: {best.now:.4g}, was {best.was:.4g}."
+    said += [f"New best {figures.label(best.metric)} at {best.resolution} px: {best.now:.4g}, was {best.was:.4g}."
              for best in night.best if best.was is not None]
     return " ".join(said)
 
@@ -267,8 +270,8 @@ def sights(folder: RunDir, evaluations: list[Line], first: int) -> list[Sight]:
     """The first and last samples of a session; of one alone, the last before it and that one."""
     own = sorted({(line["images_seen"], line["resolution"]) for line in evaluations})
     if len(own) < 2:
-        names = [path.stem[1:].split("-") for path in folder.samples.glob("r*-[0-9]*.png")]
-        earlier = [(int(seen), int(size)) for size, seen in names if seen.isdecimal() and int(seen) <= first]
+        names = [path.stem[1:].partition("-") for path in folder.samples.glob("r*-[0-9]*.png")]
+        earlier = [(int(seen), int(size)) for size, _, seen in names if seen.isdecimal() and int(seen) <= first]
         own = sorted({*sorted({*earlier} - {*own})[-1:], *own}) if own else []
     found = []
     for seen, size in dict.fromkeys([*own[:1], *own[-1:]]):
@@ -280,11 +283,20 @@ def sights(folder: RunDir, evaluations: list[Line], first: int) -> list[Sight]:
 def page(night: Night, pictures: list[Sight]) -> str:
     """One self-contained page. Names, reasons and paths come from outside: the template escapes them."""
     return report.template("summary.html.jinja").render(
-        night=night, pictures=pictures, headline=headline(night), way_on=way_on(night), metrics=report.METRICS,
-        improving=IMPROVING, span=duration(night.ended - night.began),
+        night=night, pictures=pictures, headline=headline(night), way_on=way_on(night), columns=columns(night),
+        span=duration(night.ended - night.began),
         left=duration(night.left_s) if night.last < night.end else "", share=night.last / night.end,
         local=local, spell=duration, shortened=shortened,
         shown={"trouble": TROUBLE_SHOWN, "alarms": ALARMS_SHOWN, "figures": FIGURES_SHOWN, "stages": STAGES_SHOWN})
+
+
+def columns(night: Night) -> list[str]:
+    """The metrics that the table of figures has room for: of those with a value the distances, then what tells of
+    variety and copies by the strongest features."""
+    rows = [row for _, own in night.measured for row in own.values() if row["value"] is not None]
+    chosen = figures.strongest(rows)
+    wanted = [*figures.distances_of(rows), f"coverage_{chosen}", "ms_ssim", f"copy_rate_{chosen}"]
+    return [metric for metric in wanted if any(row["metric"] == metric for row in rows)]
 
 
 def local(unix_s: float, form: str = "%H:%M") -> str:

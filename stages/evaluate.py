@@ -2,185 +2,302 @@
 
 Reals are split in two equal sets: the first is what fakes are held against, the second gives the noise floor, the
 distance that two sets of reals have by chance. Fakes, reals and floor always have the same count, and it is stated.
+Every row says what it was made of; a metric that cannot be computed has no value but a reason. See docs/metrics.md.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from gradine.configs.schema import Run
-from gradine.stages import commits
-from gradine.stages.data import Images
-from gradine.stages.generate import draw_latents, generate, grid, load_average, save_png
-from gradine.stages.metrics import (
-    MultiScaleSSIM,
-    PixelFrechet,
-    SlicedWasserstein,
-    coverage,
-    pixel_features,
-    sliced_wasserstein_count,
+from gradine.configs.schema import EnvironmentFault, Run, UserError, features_suffix, metric_name
+from gradine.stages.distances import (
+    Confusion,
+    CopyRate,
+    FrechetDistance,
+    InceptionScore,
+    KernelDistance,
+    Neighbors,
+    PathLength,
+    slerp,
 )
-from gradine.stages.networks import Generator, initialise
+from gradine.stages.features import Unavailable
+from gradine.stages.generate import draw_latents, generate, generated, grid, png
+from gradine.stages.growth import random_seed
+from gradine.stages.metrics import MultiScaleSSIM, SlicedWasserstein
+from gradine.stages.subjects import Subjects, read
 
 Row = dict[str, Any]
-MS_SSIM_IMAGES = 20_000  # as 10,000 pairs
-COVERAGE_IMAGES = 2_000  # of each side at most: their distances take a second or two
-NEIGHBORS = 5  # the k of coverage
-
-
-def evaluate(run: Run, path: str, out: str, threads: int = 1) -> list[Row]:
-    """Writes the sample and real grids below `out`/samples; returns one row per metric for metrics.jsonl.
-
-    Raises commits.Damaged for a checkpoint that must not be used.
-    """
-    torch.set_num_threads(threads)
-    device = torch.device("cuda" if run.evaluation.gpus and torch.cuda.is_available() else "cpu")
-    files = commits.read(path)
-    info = commits.state_of(files["state.json"])
-    resolution, images_seen = info["resolution"], info["images_seen"]
-    average = load_average(run, files).to(device)
-    images = Images(run.data, resolution, threads)
-    samples = Path(out) / "samples"
-    shown = torch.cat(list(generate(average, draw_latents(run, "samples", run.evaluation.samples))))
-    save_png(grid(shown), samples / f"r{resolution:04d}-{images_seen:09d}.png")
-    reals = RealSets(run, images)
-    save_png(grid(reals.first(min(run.evaluation.samples, len(images)))), samples / f"r{resolution:04d}-reals.png")
-
-    untrained = None
-    if run.evaluation.untrained:
-        untrained = Generator(run.network, resolution, fades=False, image_channels=run.data.channels)
-        initialise(untrained, run.training.seed, "generator")
-        untrained.to(device)
-    subjects = Subjects(run, reals, average, untrained, draw_latents(run, "evaluation", reals.count))
-    rows = []
-    for metric, compute in (("swd", swd), ("frechet_pixels16", frechet), ("ms_ssim", ms_ssim)):
-        began = time.perf_counter()
-        figures = compute(subjects)
-        rows.append({"metric": metric, "value": None, "reason": None, "levels": None, "floor": None, "untrained": None,
-                     "reals": None, "spread": None, "coverage": None, "coverage_count": None, "resolution": resolution,
-                     "checkpoint": Path(path).name, "images_seen": images_seen, "count": reals.count,
-                     "seed": run.training.seed, **figures, "seconds": round(time.perf_counter() - began, 2)})
-    images.close()
-    return rows
-
-
-class RealSets:
-    """Two disjoint sets of `count` reals in an order of their own, and no more than fit evaluation.memory_gb."""
-
-    def __init__(self, run: Run, images: Images) -> None:
-        self.images = images
-        order = images.ids(run.training.seed, -len(images), len(images))  # epoch -1: training starts with epoch 0
-        fitting = int(run.evaluation.memory_gb * 1e9 / (2 * run.data.channels * images.resolution**2))
-        self.count = max(1, min(run.evaluation.count, sliced_wasserstein_count(len(images)), fitting))
-        self.order = order
-
-    def first(self, count: int) -> Tensor:
-        return torch.from_numpy(self.images.pixels(self.order[:count]))
-
-    def batches(self, start: int) -> Iterator[Tensor]:
-        """Set 0 or 1 (start = 0 or count), a few images at a time."""
-        for ids in np.array_split(self.order[start:start + self.count], -(-self.count // 64)):
-            yield torch.from_numpy(self.images.pixels(ids))
+Figures = dict[str, Row]  # by kind of metric: what differs from one row to the next
+PAIRWISE_IMAGES = 10_000  # of each side at most, where all pairs of images are compared
+PATH_PAIRS, PATH_STEP = 1_000, 1e-4
+SCORED_IMAGES = 2_000  # by the discriminator, of each kind
+GALLERY = 8  # fakes beside their nearest training images
+EMPTY: Row = {"value": None, "reason": None, "interval": None, "floor": None, "untrained": None, "reals": None,
+              "parts": None}
 
 
 @dataclass(frozen=True)
-class Subjects:
-    """What a metric looks at."""
-
-    run: Run
-    reals: RealSets
-    average: Generator
-    untrained: Generator | None
-    latents: Tensor
-
-    def held_against_reals(self) -> Iterator[tuple[str, Iterator[Tensor]]]:
-        """Name and batches of each set that is compared with the first set of reals."""
-        yield "value", generate(self.average, self.latents)
-        yield "floor", self.reals.batches(self.reals.count)
-        if self.untrained:
-            yield "untrained", generate(self.untrained, self.latents)
+class Evaluated:
+    rows: list[Row]  # of metrics.jsonl
+    pictures: dict[str, bytes]  # name of a file in samples/ -> PNG
+    notes: tuple[str, ...] = ()  # what a person should know of, though the figures came
 
 
-def swd(it: Subjects) -> Row:
-    """Sliced Wasserstein distance x 1e3: `value` is the average over `levels`."""
-    if it.reals.count * 2 > len(it.reals.images):
-        return {"reason": f"{len(it.reals.images)} reals are too few for two sets"}
-    figures: Row = {}
-    for name, batches in it.held_against_reals():
-        metric = SlicedWasserstein(it.reals.images.resolution, seed=it.run.training.seed)
-        levels = fed(metric, it.reals, batches)
-        figures[name] = levels.pop("average")
-        if name == "value":
-            figures["levels"] = levels
-    return figures
+def evaluate(run: Run, path: str, threads: int = 1) -> Evaluated:
+    """All that run.evaluation asks for, of one checkpoint. A metric that cannot be computed has no value but a reason.
 
-
-def frechet(it: Subjects) -> Row:
-    """Frechet distance on pixels reduced to at most 16x16; needs no feature network, and is no FID. Of the averaged
-    generator also `spread`, the variance of its pixels over that of the reals': near 0 where its images are all alike,
-    and `coverage`: small where they are few, but also where they are not yet like the reals.
+    Raises commits.Damaged for a checkpoint that must not be used, UserError or EnvironmentFault for such shards.
     """
-    if it.reals.count < 2:
-        return {"reason": f"{len(it.reals.images)} reals are too few for two sets of at least 2"}
-    figures: Row = {}
-    for name, batches in it.held_against_reals():
-        metric = PixelFrechet(channels=it.run.data.channels)
-        figures[name] = fed(metric, it.reals, batches)
-        if name == "value":
-            figures["spread"] = metric.spread()
-    return {**figures, **covered(it)}
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if run.evaluation.gpus and torch.cuda.is_available() else "cpu")
+    with ExitStack() as opened:
+        it = Subjects(run, path, device, threads, opened)
+        found = [row for name in run.evaluation.metrics for row in family(it, name)]
+        return Evaluated(found, pictures(it), tuple(it.notes))
 
 
-def covered(it: Subjects) -> Row:
-    """`coverage` of the first set's first reals by as many fakes, and how many of each: at most COVERAGE_IMAGES."""
-    if it.reals.count <= NEIGHBORS:
-        return {}
-    reals, fakes = first_features(it.reals.batches(0)), first_features(generate(it.average, it.latents))
-    return {"coverage": coverage(reals, fakes, NEIGHBORS), "coverage_count": len(reals)}
+def pictures(it: Subjects) -> dict[str, bytes]:
+    """Grids of samples and of reals, and the fakes nearest to a training image above these."""
+    size, samples = it.resolution, it.run.evaluation.samples
+    shown = torch.cat(list(generate(it.average, draw_latents(it.run, "samples", samples))))
+    made = {f"r{size:04d}-{it.images_seen:09d}.png": png(grid(shown)),
+            f"r{size:04d}-reals.png": png(grid(it.reals.first(min(samples, len(it.images)))))}
+    if it.gallery is not None:
+        made[f"r{size:04d}-{it.images_seen:09d}-neighbors.png"] = png(grid(it.gallery, columns=len(it.gallery) // 2))
+    return made
 
 
-def first_features(batches: Iterator[Tensor]) -> Tensor:
-    """Of the first COVERAGE_IMAGES images; those after them are neither read nor generated."""
-    features: list[Tensor] = []
-    room = COVERAGE_IMAGES
-    for batch in batches:
-        features.append(pixel_features(batch[:room]))
-        room -= len(features[-1])
-        if not room:
-            break
-    return torch.cat(features)
+# Rows ----------------------------------------------------------------------------------------------------------------
 
 
-def fed(metric: Metric, reals: RealSets, others: Iterator[Tensor]) -> Any:
-    """What the metric computes between the first set of reals and `others`."""
-    for batch in reals.batches(0):
-        metric.update(batch, real=True)
-    for batch in others:
-        metric.update(batch, real=False)
-    return metric.compute()
+def family(it: Subjects, name: str) -> Iterator[Row]:
+    """The rows of one of the schema's FAMILIES, for each of the features where it is made of features."""
+    if name in OF_IMAGES:
+        kinds, compute = OF_IMAGES[name]
+        yield from rows(it, kinds, None, lambda: compute(it))
+        return
+    kinds, of_features = OF_FEATURES[name]
+    for setting in it.run.evaluation.features:
+        if not (name == "is" and setting == "pixels"):  # which are no network's, and know no classes
+            yield from rows(it, kinds, setting, lambda setting=setting: of_features(it, setting))  # type: ignore[misc]
 
 
-def ms_ssim(it: Subjects) -> Row:
+def rows(it: Subjects, kinds: Iterable[str], setting: str | None, compute: Callable[[], Figures]) -> Iterator[Row]:
+    """What `compute` found as rows; of a metric that failed, why."""
+    began = time.perf_counter()
+    try:
+        figures = compute()
+    except Exception as error:  # whatever one metric dies of, the others are computed
+        named = isinstance(error, Unavailable | ValueError | UserError | EnvironmentFault)
+        reason = str(error) if named else f"{type(error).__name__}: {error}"
+        figures = {kind: {"reason": " ".join(reason.split())[:500]} for kind in kinds}
+    seconds = round(time.perf_counter() - began, 2)
+    try:
+        digest = it.network(setting).digest if setting else None
+    except Unavailable:
+        digest = None
+    for kind in kinds:
+        found = {**EMPTY, "count": it.count, **figures.get(kind, {"reason": "not computed"})}
+        if found["value"] is not None and not math.isfinite(found["value"]):
+            found.update(value=None, reason="not finite")
+        yield {"metric": metric_name(kind, setting) if setting else kind, **finite(found),
+               "features": features_suffix(setting) if setting else None, "features_digest": digest,
+               "resolution": it.resolution, "checkpoint": it.checkpoint, "images_seen": it.images_seen,
+               "seed": it.run.training.seed, "data": it.data, "seconds": seconds}
+
+
+def finite(value: Any) -> Any:
+    """Without NaN and infinity, which JSON has not: None in their place."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        found = [finite(each) for each in value]
+        return None if None in found else found
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Of images -----------------------------------------------------------------------------------------------------------
+
+
+def swd(it: Subjects) -> Figures:
+    """Sliced Wasserstein distance x 1e3: `value` is the average over `parts`, the levels of the pyramid."""
+    count = it.swd_count
+
+    def fed(pixels: Iterable[Tensor]) -> SlicedWasserstein:
+        metric = SlicedWasserstein(it.resolution, seed=it.run.training.seed)
+        for batch in it.reals.batches(0, count):
+            metric.update(batch, real=True)
+        for batch in pixels:
+            metric.update(batch, real=False)
+        return metric
+
+    if not it.count:
+        raise ValueError(f"{len(it.images)} reals are too few for {it.reals.sets} sets")
+    metric = fed(it.fakes.pixels)
+    it.fakes.pixels.clear()  # two sets of images at a time are what memory holds
+    levels = dict(metric.compute())
+    row: Row = {"value": levels.pop("average"), "parts": levels, "interval": metric.interval(), "count": count}
+    del metric
+    if it.run.evaluation.untrained:
+        row["untrained"] = fed(it.untrained_fakes.pixels).compute()["average"]
+        it.untrained_fakes.pixels.clear()
+    row |= it.floors(it.remembered(None), f"swd-{count}", lambda: {
+        "floor": fed(it.reals.batches(1, count)).compute()["average"]})
+    return {"swd": row}
+
+
+def ms_ssim(it: Subjects) -> Figures:
     """Diversity: mean similarity of random pairs of fakes, beside that of reals. Lower is more diverse."""
-    resolution, images = it.reals.images.resolution, it.reals.images
-    pairs = min(it.run.evaluation.count, MS_SSIM_IMAGES, len(images)) // 2
-    if resolution < 64:
-        return {"reason": f"defined from 64 px up, this stage has {resolution}", "count": 0}
-    if pairs < 1:
-        return {"reason": f"{len(images)} reals make no pair", "count": 0}
-    first, second = draw_latents(it.run, "pairs", 2 * pairs).chunk(2)
-    fakes, real_pairs = MultiScaleSSIM(), MultiScaleSSIM()
-    for a, b in zip(generate(it.average, first), generate(it.average, second), strict=True):
-        fakes.update(a, b)
-    for ids in np.array_split(it.reals.order[:2 * pairs].reshape(2, pairs), -(-pairs // 32), axis=1):
-        real_pairs.update(*(torch.from_numpy(images.pixels(half)) for half in ids))
-    return {"value": fakes.compute(), "reals": real_pairs.compute(), "count": 2 * pairs}
+    if it.resolution < 64:
+        return {"ms_ssim": {"reason": f"defined from 64 px up, this stage has {it.resolution}", "count": 0}}
+    count = it.ms_ssim_count
+    if not count or it.fakes.similar is None:
+        raise ValueError(f"{len(it.images)} reals make no pair")
+
+    def of_reals() -> dict[str, Tensor]:
+        metric = MultiScaleSSIM()
+        for batch in read(it.images, it.reals.order[:count]):
+            metric.update(batch[:len(batch) // 2 * 2:2], batch[1::2])
+        return {"reals": torch.tensor(metric.compute(), dtype=torch.float64)}
+
+    fakes = it.fakes.similar
+    reals = float(it.remembered(None)(f"ms-ssim-{count}", of_reals)["reals"])
+    return {"ms_ssim": {"value": fakes.compute(), "interval": fakes.interval(), "reals": reals, "count": count}}
+
+
+def discriminator(it: Subjects) -> Figures:
+    """How the discriminator scores reals, held-out ones where there are, and fresh fakes: `value` is its accuracy."""
+    count = min(it.count, SCORED_IMAGES)
+    metric = Confusion()
+    kinds = {"training": it.reals.batches(0, count)}
+    if it.run.evaluation.held_out:
+        kinds["held_out"] = it.held_out_batches(count)
+    for kind, batches in kinds.items():
+        for batch in batches:
+            metric.update(it.scores(batch / 127.5 - 1), kind)
+    for images in generated(it.average, draw_latents(it.run, "scored", count)):
+        metric.update(it.scores(images), "fakes")
+    table = metric.compute()
+    return {"discriminator": {"value": table.pop("accuracy"), "parts": table, "count": count}}
+
+
+# Of features ---------------------------------------------------------------------------------------------------------
+
+
+def frechet(it: Subjects, setting: str) -> Figures:
+    """Frechet distance of features; `spread` is the trace of the fakes' covariance over that of the reals'."""
+    metric, row = distance(it, setting, FrechetDistance, "fd", it.count)
+    return {"fd": row, "spread": {"value": metric.spread()}}
+
+
+def kernel(it: Subjects, setting: str) -> Figures:
+    return {"kid": distance(it, setting, KernelDistance, "kid", min(it.count, PAIRWISE_IMAGES))[1]}
+
+
+def distance(it: Subjects, setting: str, kind: type[FrechetDistance] | type[KernelDistance], name: str, count: int
+             ) -> tuple[Any, Row]:
+    """The metric, fed, and its row."""
+    against = held_against_reals(it, setting, kind, name, count)
+    metric = against(it.fakes.features(setting)[:count])
+    row: Row = {"value": metric.compute(), "interval": metric.interval(), "count": count}
+    if it.run.evaluation.untrained:
+        row["untrained"] = against(it.untrained_fakes.features(setting)[:count]).compute()
+    row |= it.floors(it.remembered_of(setting), f"{name}-{count}", lambda: {
+        "floor": against(it.real_outputs(setting, 1).features[:count]).compute()})
+    return metric, row
+
+
+def held_against_reals(it: Subjects, setting: str, kind: Callable[[], Any], name: str, count: int
+                       ) -> Callable[[Tensor], Any]:
+    """A function from features of fakes to the metric between them and the first set's first `count` reals."""
+    reals = it.real_outputs(setting, 0).features[:count]
+
+    def of_reals() -> Any:
+        metric = kind()
+        metric.update(reals, real=True)
+        return metric
+
+    known = it.remembered_of(setting)(f"{name}-{count}", lambda: of_reals().real_statistics())
+
+    def against(fakes: Tensor) -> Any:
+        metric = of_reals()
+        metric.use_reals(known)
+        metric.update(fakes, real=False)
+        return metric
+
+    return against
+
+
+def neighbors(it: Subjects, setting: str) -> Figures:
+    """Precision, recall, density, coverage and duplicates; the floor is what a second set of reals scores."""
+    count = min(it.count, PAIRWISE_IMAGES)
+    against = held_against_reals(it, setting, Neighbors, "neighbors", count)
+    metric = against(it.fakes.features(setting)[:count])
+    values, intervals = metric.compute(), metric.interval()
+    floors = it.floors(it.remembered_of(setting), f"neighbors-{count}",
+                       lambda: against(it.real_outputs(setting, 1).features[:count]).compute())
+    return {name: {"value": value, "interval": intervals[name], "floor": floors.get(name), "count": count}
+            for name, value in values.items()}
+
+
+def inception_score(it: Subjects, setting: str) -> Figures:
+    metric = InceptionScore()
+    metric.update(it.fakes.logits(setting))
+
+    def of_reals() -> dict[str, Tensor]:
+        logits, reals = it.real_outputs(setting, 0).logits, InceptionScore()
+        assert logits is not None, "a network that classifies fakes classifies reals"
+        reals.update(logits)
+        return {"reals": torch.tensor(reals.compute(), dtype=torch.float64)}
+
+    reals = float(it.remembered_of(setting)("is", of_reals)["reals"])
+    return {"is": {"value": metric.compute(), "interval": metric.interval(), "reals": reals}}
+
+
+def path_length(it: Subjects, setting: str) -> Figures:
+    """Mean squared step in features between images whose latents are PATH_STEP apart on an arc, over its square."""
+    network, pairs = it.network(setting), min(it.count, PATH_PAIRS)
+    first, second = draw_latents(it.run, "path", 2 * pairs).double().chunk(2)
+    source = torch.Generator().manual_seed(random_seed(it.run.training.seed, "path/places"))
+    places = torch.rand(pairs, 1, generator=source, dtype=torch.float64)
+    ends = [slerp(first, second, places + step).float() for step in (0, PATH_STEP)]
+    metric = PathLength(PATH_STEP)
+    # Both ends of a step go through the networks together: what rounding does to one, it does to the other.
+    for images in generated(it.average, torch.stack(ends, dim=1).flatten(0, 1)):
+        features = network.raw(images * 127.5 + 127.5)
+        metric.update(features[::2], features[1::2])
+    return {"path_length": {"value": metric.compute(), "interval": metric.interval(), "count": pairs}}
+
+
+def copies(it: Subjects, setting: str) -> Figures:
+    """The share of fakes nearer to a training image than held-out reals, or other training images, are."""
+    training = torch.cat([it.real_outputs(setting, which).features for which in range(it.reals.sets)])
+    training, held_out = training[:2 * PAIRWISE_IMAGES], it.held_out(setting)
+    metric = CopyRate()
+    metric.update(training, "training")
+    if held_out:
+        metric.update(held_out.features[:PAIRWISE_IMAGES], "held_out")
+    metric.use_reals(it.remembered_of(setting, with_held_out=True)("copies", metric.real_statistics))
+    metric.update(it.fakes.features(setting)[:PAIRWISE_IMAGES], "fakes")
+    value, (figures, nearest) = metric.compute(), metric.nearest()
+    most = figures.argsort()[:GALLERY]
+    shown = torch.cat(list(generate(it.average, it.latents[most])))
+    it.gallery = torch.cat([shown, torch.from_numpy(it.images.pixels(it.reals.order[nearest[most].numpy()]))])
+    return {"copy_rate": {"value": value, "interval": metric.interval(), "count": len(figures), "parts": {
+        "searched": len(training), "training": len(it.images), "held_out": len(held_out.features) if held_out else 0}}}
+
+
+OF_IMAGES: dict[str, tuple[tuple[str, ...], Callable[[Subjects], Figures]]] = {
+    "swd": (("swd",), swd), "ms_ssim": (("ms_ssim",), ms_ssim), "discriminator": (("discriminator",), discriminator)}
+OF_FEATURES: dict[str, tuple[tuple[str, ...], Callable[[Subjects, str], Figures]]] = {
+    "fd": (("fd", "spread"), frechet), "kid": (("kid",), kernel), "is": (("is",), inception_score),
+    "neighbors": (("precision", "recall", "density", "coverage", "duplicates"), neighbors),
+    "path_length": (("path_length",), path_length), "copies": (("copy_rate",), copies)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -40,12 +41,20 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate(generator: Generator, latents: Tensor) -> Iterator[Tensor]:
-    """uint8 [n, C, R, R] on the CPU, for the latents in order; n is 32 up to 128 px, fewer above for memory's sake."""
+def generated(generator: Generator, latents: Tensor) -> Iterator[Tensor]:
+    """Floats [n, C, R, R] around [-1, 1] on the generator's device, for the latents in order; n is 32 up to 128 px,
+    fewer above for memory's sake.
+    """
     device = next(generator.parameters()).device
     batch = max(1, min(32, 32 * 128**2 // int(list(generator.to_rgb)[-1]) ** 2))
     for part in latents.split(batch):
-        yield to_uint8(generator(part.to(device))).cpu()
+        yield generator(part.to(device))
+
+
+def generate(generator: Generator, latents: Tensor) -> Iterator[Tensor]:
+    """The same as uint8 on the CPU."""
+    for images in generated(generator, latents):
+        yield to_uint8(images).cpu()
 
 
 def grid(images: Tensor, columns: int = COLUMNS) -> Image.Image:
@@ -64,11 +73,17 @@ def picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
 
 
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def save_png(image: Image.Image, path: Path) -> Path:
     """Written beside, then renamed: a reader never meets half a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    image.save(partial, "PNG")
+    partial.write_bytes(png(image))
     return partial.rename(path)
 
 

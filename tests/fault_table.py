@@ -86,6 +86,9 @@ ROWS = {
     "F37": ("other runs and Rays on the same machine are killed, stopped and ended",
             "none touches another; nothing is ended by its name"),
     "F38": ("secrets in the environment and in URLs", "in no file of the run, no log, no message"),
+    "F39": ("an evaluation that dies, hangs or gives no finite figure; its weights or kept statistics are damaged",
+            "training goes on to the same bits; no half of an evaluation: a figure that is missing says why; kept "
+            "statistics are made again; the next command measures what this one could not"),
     "F40": ("a night that starts while the last one still runs, or is missed; a tracker or webhook that hangs or fails",
             "the second refuses or waits its turn; the next one goes on to the same bits; no step waits; a night after "
             "the run's end changes nothing"),

@@ -634,15 +634,14 @@ MEASURED_LATE = '''
 WORTH = {40: 3.0, 80: 2.0, 120: 1.0, 160: 4.0, 200: 5.0, 240: 6.0}  # by images seen
 
 def change(module):
-    def evaluate(run, path, out, threads=1):
+    def evaluate(run, path, threads=1):
         seen = int(path[-9:])
         if seen == 40:
             hold("evaluation")
         assert (Path(path) / "MANIFEST.json").is_file()
-        about = {"resolution": 4 if seen < 100 else 8, "images_seen": seen, "checkpoint": Path(path).name}
-        beside = {"floor": None, "untrained": None, "reals": None, "count": 24, "levels": None, "reason": None}
-        return [{**about, **beside, "metric": "swd", "value": -WORTH[seen]},
-                {**about, **beside, "metric": "frechet_pixels16", "value": WORTH[seen]}]
+        about = {"resolution": 4 if seen < 100 else 8, "images_seen": seen, "checkpoint": Path(path).name, "count": 24}
+        return module.Evaluated([{**module.EMPTY, **about, "metric": "swd", "value": -WORTH[seen]},
+                                 {**module.EMPTY, **about, "metric": "fd_pixels16", "value": WORTH[seen]}], {})
     module.evaluate = evaluate
 CHANGES["gradine.stages.evaluate"] = change
 '''
@@ -653,7 +652,7 @@ def test_f07_best_and_pinned_checkpoints_stay_and_none_goes_while_it_waits_to_be
     """every checkpoint is measured, the first measurement ends after the training; checkpoints.keep is 1"""
     injected.add(MEASURED_LATE)
     config, folder = settings_of(tiny_run({
-        **ONE_WORKER, "evaluation.when": "checkpoint", "checkpoints.keep": 1, "checkpoints.best": "frechet_pixels16",
+        **ONE_WORKER, "evaluation.when": "checkpoint", "checkpoints.keep": 1, "checkpoints.best": "fd_pixels16",
         "checkpoints.pin": [CHECKPOINTS[0]]}), tmp_path)
     there: list[str] = []
 

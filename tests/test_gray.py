@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from PIL import Image
 
 from gradine.configs.schema import Run, from_dict
+from gradine.pipeline import driver
 from gradine.pipeline.shards import shard
-from gradine.stages import commits, evaluate, loop
+from gradine.stages import commits, evaluate, loop, subjects
 from gradine.stages.generate import export, generate, grid, load_average, picture
 
 Trained = tuple[Run, Path, list[dict[str, Any]]]
@@ -44,7 +46,9 @@ def trained(pixels: np.ndarray, ray_cluster: Any, tmp_path_factory: pytest.TempP
     shard(run.data, 64)
     first = [e["path"] for e in loop.run_stage(run, 0, None, folder) if e["event"] == "checkpoint"]
     last = [e["path"] for e in loop.run_stage(run, 1, first[-1], folder) if e["event"] == "checkpoint"]
-    return run, Path(last[-1]), evaluate.evaluate(run, last[-1], str(folder))
+    measured = evaluate.evaluate(run, last[-1])
+    driver.run_folder(replace(run, runs=str(folder.parent), name=folder.name)).keep_pictures(measured.pictures)
+    return run, Path(last[-1]), measured.rows
 
 
 def test_every_weight_at_the_image_has_one_channel(trained: Trained) -> None:
@@ -61,8 +65,9 @@ def test_every_weight_at_the_image_has_one_channel(trained: Trained) -> None:
 
 def test_every_metric_has_a_value_and_a_floor_where_it_has_one(trained: Trained) -> None:
     rows = {row["metric"]: row for row in trained[2]}
-    assert [row["reason"] for row in rows.values()] == [None] * 3
-    for name in ("swd", "frechet_pixels16"):
+    assert {row["reason"] for row in rows.values()} == {None}
+    assert len(rows) == 13
+    for name in ("swd", "fd_pixels16"):
         assert 0 < rows[name]["floor"] < rows[name]["value"]
         assert np.isfinite(rows[name]["untrained"])
     assert 0 < rows["ms_ssim"]["reals"] < 1
@@ -109,21 +114,12 @@ def test_an_untouched_pixel_is_an_untouched_pixel_in_a_picture_of_one_or_three_c
 
 
 def test_memory_for_an_evaluation_holds_three_times_as_many_gray_images() -> None:
-    """40 images of 64 px: two sets of one channel are 8,192 bytes an image."""
-    class Level:
-        resolution = 64
-
-        def __len__(self) -> int:
-            return 40
-
-        def ids(self, seed: int, start: int, count: int) -> np.ndarray:
-            return np.arange(count)
-
+    """64 px: two sets of one channel are 8,192 bytes an image."""
     gray = {"source": "a", "shards": "b", "channels": 1}
     for data, counted in ((gray, 12), ({**gray, "channels": 3}, 4)):
         run = from_dict({"name": "x", "data": data, "stages": [{"resolution": 64}],
                          "evaluation": {"memory_gb": 12.5 * 8192 / 1e9}})
-        assert evaluate.RealSets(run, Level()).count == counted  # type: ignore[arg-type]
+        assert subjects.images_that_fit(run, 64) == counted
 
 
 def test_generated_gray_images_are_bytes_of_one_channel(trained: Trained) -> None:

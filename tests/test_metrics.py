@@ -1,6 +1,8 @@
 """Claims about the metrics, each against a plain version written out here or a value known by hand."""
 
 import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,18 +10,15 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from gradine.stages import metrics
 from gradine.stages.metrics import (
     MultiScaleSSIM,
-    PixelFrechet,
     SlicedWasserstein,
-    coverage,
     laplacian_level,
     multiscale_similarity,
     numbers,
     pixel_features,
-    sliced_wasserstein_count,
 )
+from tests.references import images as references
 
 BINOMIAL = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
 WEIGHTS = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
@@ -53,13 +52,6 @@ def swd(reals: Tensor, fakes: Tensor, **options) -> dict[str, float]:
 def ssim(a: Tensor, b: Tensor) -> float:
     metric = MultiScaleSSIM()
     metric.update(a, b)
-    return metric.compute()
-
-
-def frechet(reals: Tensor, fakes: Tensor, **options) -> float:
-    metric = PixelFrechet(**options)
-    metric.update(reals, real=True)
-    metric.update(fakes, real=False)
     return metric.compute()
 
 
@@ -120,11 +112,13 @@ def plain_swd(reals, fakes, seed):
     return result | {"average": np.mean(list(result.values()))}
 
 
-@pytest.mark.parametrize("side", [4, 8, 16, 32, 64])
+@pytest.mark.parametrize("side", [4, 8, 16, 32, 64, 128])
 def test_sliced_wasserstein_equals_the_publication_written_out(side):
-    reals, fakes = pictures(1, 5, side), pictures(2, 5, side, noise=35)
+    """At 128 px the patches are kept instead of the level."""
+    count = 5 if side < 128 else 2
+    reals, fakes = pictures(1, count, side), pictures(2, count, side, noise=35)
     result = swd(reals, fakes, seed=3)
-    assert list(result) == [str(s) for s in (4, 8, 16, 32, 64) if s == side or 16 <= s < side] + ["average"]
+    assert list(result) == [str(s) for s in (4, 8, 16, 32, 64, 128) if s == side or 16 <= s < side] + ["average"]
     assert result == pytest.approx(plain_swd(reals, fakes, seed=3), rel=1e-5)
 
 
@@ -179,8 +173,52 @@ def test_brightness_and_contrast_alone_leave_the_sliced_wasserstein_distance_at_
     assert swd(images // 2 * 2, images // 2 + 50)["4"] < 1e-3
 
 
-def test_sliced_wasserstein_takes_half_the_reals_up_to_16384():
-    assert [sliced_wasserstein_count(n) for n in (2, 1001, 32_768, 10**6)] == [1, 500, 16_384, 16_384]
+def draws(count: int, sets: int, noise: float) -> list[SlicedWasserstein]:
+    """Distances between new draws of the same two kinds of images, which differ in brightness and color."""
+    metrics = []
+    for seed in range(sets):
+        metrics.append(SlicedWasserstein(16, seed, patches=40, directions=32))
+        shift = np.random.default_rng(seed).normal(0, 25, (2, count, 3, 1, 1))
+        metrics[-1].update(as_bytes(pictures(2 * seed, count, 16).numpy() + shift[0]), real=True)
+        metrics[-1].update(as_bytes(pictures(2 * seed + 1, count, 16, noise=noise).numpy() + shift[1]), real=False)
+    return metrics
+
+
+@pytest.mark.parametrize("noise", [20, 60], ids=["alike", "apart"])
+def test_the_interval_of_a_sliced_wasserstein_distance_is_as_wide_as_new_draws_scatter(noise):
+    found = draws(60, 30, noise)
+    averages = np.array([metric.compute()["average"] for metric in found])
+    low, high = np.array([metric.interval() for metric in found]).T
+    assert (low < averages).all()
+    assert (averages < high).all()
+    inside = ((low < averages.mean()) & (averages.mean() < high)).mean()
+    assert inside > 0.8  # of 95 % expected, in 30 draws
+    assert 0.5 < ((high - low) / 2 / 2.262).mean() / averages.std(ddof=1) < 2
+
+
+def test_fewer_than_ten_images_tell_no_interval_and_more_have_one_that_is_never_negative():
+    few, enough = draws(9, 1, 20)[0], draws(10, 1, 20)[0]
+    assert few.interval() is None
+    low, high = enough.interval()
+    assert 0 <= low < enough.compute()["average"] < high
+
+
+def test_more_images_narrow_the_interval_of_the_sliced_wasserstein_distance():
+    widths = [high - low for low, high in (draws(count, 1, 60)[0].interval() for count in (30, 120, 480))]
+    assert widths[0] > 1.3 * widths[1] > 1.3**2 * widths[2]
+
+
+def test_asking_for_the_interval_changes_neither_the_distance_nor_the_number_of_threads():
+    threads = torch.get_num_threads()
+    metric, asked = draws(20, 1, 20)[0], draws(20, 1, 20)[0]
+    try:
+        torch.set_num_threads(3)
+        asked.interval()
+        assert metric.compute() == asked.compute()
+        with ThreadPoolExecutor(1) as pool:  # new threads inherit the number
+            assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- Multi-scale similarity
@@ -262,9 +300,36 @@ def test_multiscale_similarity_equals_the_pieces_of_torchmetrics():
     torch.testing.assert_close(multiscale_similarity(a, b), expected, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("side", references.SIDES)
+def test_multiscale_similarity_equals_that_made_of_levels_by_scikit_image(side):
+    expected = json.loads(references.RESULTS.read_text())["multiscale"][str(side)]
+    a, b = (torch.from_numpy(images).double() for images in references.pairs(side))
+    np.testing.assert_allclose(multiscale_similarity(a, b), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_identical_pairs_score_one():
     images = pictures(0, 3, 64)
     assert ssim(images, images) == pytest.approx(1, abs=1e-12)
+
+
+def test_the_interval_of_the_similarity_is_the_normal_one_of_the_mean_over_pairs_in_any_batches():
+    a, b = pictures(0, 12, 64), pictures(1, 12, 64, noise=60)
+    of_pairs = np.array([ssim(a[n:n + 1], b[n:n + 1]) for n in range(12)])
+    metric = MultiScaleSSIM()
+    for share in (slice(0, 5), slice(5, 12)):
+        metric.update(a[share], b[share])
+    half = 1.959964 * of_pairs.std(ddof=1) / np.sqrt(12)
+    assert metric.interval() == pytest.approx((of_pairs.mean() - half, of_pairs.mean() + half), rel=1e-4)
+
+
+def test_the_interval_of_the_similarity_stays_within_zero_and_one_and_needs_two_pairs():
+    images, metric = pictures(0, 3, 64), MultiScaleSSIM()
+    metric.update(images[:1], images[:1])
+    assert metric.interval() is None
+    metric.update(images[1:], images[1:])
+    assert metric.interval() == pytest.approx((1, 1), abs=1e-7)
+    metric.update(images[:1], 255 - images[:1])  # 0: the mean is 3/4, and half the interval is .49
+    assert metric.interval() == pytest.approx((0.75 - 0.49, 1), abs=1e-6)
 
 
 def test_gray_pairs_are_as_similar_as_the_same_pairs_in_three_equal_channels():
@@ -274,195 +339,20 @@ def test_gray_pairs_are_as_similar_as_the_same_pairs_in_three_equal_channels():
     assert ssim(a, b) == pytest.approx(plain_multiscale(a, b).mean(), rel=1e-9)
 
 
-# ---- Frechet
-
-
-def signed(images: Tensor) -> np.ndarray:
-    return images.flatten(1).numpy() / 127.5 - 1
-
-
-def test_frechet_of_one_gray_value_has_the_closed_form():
-    reals, fakes = pictures(0, 50, 4, channels=1), pictures(1, 40, 4, channels=1)
-    r, f = signed(reals).mean(axis=1), signed(fakes // 2).mean(axis=1)
-    expected = (r.mean() - f.mean()) ** 2 + (r.std(ddof=1) - f.std(ddof=1)) ** 2
-    assert frechet(reals, fakes // 2, size=1, channels=1) == pytest.approx(expected, rel=1e-9)
-
-
-def test_frechet_of_bright_pairs_of_values_has_the_closed_form():
-    """tr((AB)^(1/2)) of 2x2 matrices is (tr(AB) + 2 det(AB)^(1/2))^(1/2)."""
-    rng = np.random.default_rng(0)
-    reals, fakes = (as_bytes(rng.integers(low, 256, (500, 2, 1, 1))) for low in (253, 250))
-    fakes[:, 1] = torch.maximum(fakes[:, 0], fakes[:, 1])  # correlated, so that the covariances do not commute
-    r, f = signed(reals), signed(fakes)
-    a, b = np.cov(r.T), np.cov(f.T)
-    root_trace = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))
-    expected = ((r.mean(0) - f.mean(0)) ** 2).sum() + np.trace(a + b) - 2 * root_trace
-    assert frechet(reals, fakes, size=1, channels=2) == pytest.approx(expected, rel=1e-9)
-
-
-def test_frechet_takes_the_mean_over_blocks_and_the_root_of_the_product_of_covariances():
-    reals, fakes = pictures(0, 60, 8), pictures(1, 60, 8) // 2
-    r, f = (signed(v).reshape(60, 3, 2, 4, 2, 4).mean(axis=(3, 5)).reshape(60, 12) for v in (reals, fakes))
-    product = np.cov(r.T) @ np.cov(f.T)
-    expected = ((r.mean(0) - f.mean(0)) ** 2).sum() + np.trace(np.cov(r.T) + np.cov(f.T))
-    expected -= 2 * np.sqrt(np.linalg.eigvals(product).real).sum()
-    assert frechet(reals, fakes, size=2) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("side", [4, 16, 32])
-def test_frechet_of_commuting_singular_covariances_is_known_by_hand(side):
-    """Doubled pixels have four times the covariance: tr(C + 4C - 2 * 2C) = tr(C). 10 images of up to 768 pixels."""
-    small = pictures(0, 10, min(side, 16)) // 2
-    r, f = signed(small), signed(small * 2)
-    expected = ((r.mean(0) - f.mean(0)) ** 2).sum() + r.var(axis=0, ddof=1).sum()
-    images = small.repeat_interleave(side // small.shape[-1], 2).repeat_interleave(side // small.shape[-1], 3)
-    assert frechet(images, images * 2) == pytest.approx(expected, rel=1e-6)
-
-
-def test_frechet_of_gray_images_is_a_third_of_that_of_three_equal_channels():
-    """Means and, along (1, 1, 1), standard deviations are sqrt(3) of the gray ones."""
-    reals, fakes = pictures(0, 40, 8, channels=1), pictures(1, 40, 8, channels=1) // 2
-    threefold = frechet(reals.repeat(1, 3, 1, 1), fakes.repeat(1, 3, 1, 1), size=4)
-    assert frechet(reals, fakes, size=4, channels=1) == pytest.approx(threefold / 3, rel=1e-6)
-
-
-def test_frechet_of_a_set_to_itself_is_zero():
-    images = pictures(0, 30, 16)
-    assert frechet(images, images.flip(0)) == pytest.approx(0, abs=1e-6)
-
-
-def spread(reals: Tensor, fakes: Tensor, **options) -> float | None:
-    metric = PixelFrechet(**options)
-    metric.update(reals, real=True)
-    for batch in fakes.split(7):
-        metric.update(batch, real=False)
-    return metric.spread()
-
-
-def test_spread_is_the_variance_of_the_fakes_over_that_of_the_reals():
-    """By hand, one gray pixel: 0 and 255 are -1 and 1, variance 2; 51 and 204 are -0.6 and 0.6, variance 0.72."""
-    reals, fakes = (torch.tensor(values, dtype=torch.uint8).view(2, 1, 1, 1) for values in ([0, 255], [51, 204]))
-    assert spread(reals, fakes, size=1, channels=1) == pytest.approx(0.36, rel=1e-12)
-    reals, fakes = pictures(0, 50, 16), pictures(1, 40, 16) // 2
-    traces = [np.trace(np.cov(signed(images).T)) for images in (reals, fakes)]
-    assert spread(reals, fakes) == pytest.approx(traces[1] / traces[0], rel=1e-9)
-
-
-@pytest.mark.parametrize("kept", [1, 2, 4, 128])
-def test_spread_of_images_that_repeat_falls_with_their_number(kept: int):
-    """128 fakes of which only `kept` differ: (kept - 1) / kept of the variance, so one image shows best."""
-    reals, fakes = pictures(0, 2048, 4), pictures(1, 2048, 4).view(2048 // kept, kept, 3, 4, 4)
-    seen = [spread(reals, few.repeat(128 // kept, 1, 1, 1), size=4) for few in fakes[:64]]
-    assert sum(seen) / len(seen) == pytest.approx((kept - 1) / kept * 128 / 127, abs=0.03)
-
-
-@pytest.mark.parametrize(("reals", "fakes"), [(1, 5), (5, 1), (0, 0)])
-def test_spread_of_fewer_than_two_images_is_unknown(reals: int, fakes: int):
-    metric = PixelFrechet()
-    metric.update(pictures(0, reals, 16), real=True)
-    metric.update(pictures(1, fakes, 16), real=False)
-    assert metric.spread() is None
-
-
-def test_spread_beside_reals_that_are_all_alike_is_unknown():
-    assert spread(pictures(0, 1, 16).repeat(9, 1, 1, 1), pictures(1, 9, 16)) is None
-
-
-def test_frechet_is_symmetric():
-    a, b = pictures(0, 30, 8), pictures(1, 40, 8) // 2
-    assert frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-6)
-
-
-# ---- Coverage
-
-
-def line(*points: float) -> Tensor:
-    """Features of one number each."""
-    return torch.tensor(points, dtype=torch.float64).view(-1, 1)
-
-
-def normals(seed: int, count: int, size: int = 6) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=(count, size)))
-
-
-def plain_coverage(reals: Tensor, fakes: Tensor, k: int) -> float:
-    """Naeem et al. 2020, point by point."""
-    def distance(a, b) -> float:
-        return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) ** 0.5
-
-    points, others = reals.double().tolist(), fakes.double().tolist()
-    covered = 0
-    for i, real in enumerate(points):
-        radius = sorted(distance(real, point) for j, point in enumerate(points) if j != i)[k - 1]
-        covered += any(distance(real, fake) <= radius for fake in others)
-    return covered / len(points)
-
-
-@pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize("block", [7, 16, 2048])
-def test_coverage_equals_the_publication_written_out_in_blocks_of_any_size(k, block, monkeypatch):
-    monkeypatch.setattr(metrics, "COVERAGE_BLOCK", block)
-    reals = normals(0, 48)
-    for fakes in (normals(1, 33), normals(2, 48) + 1, normals(3, 5)):
-        expected = plain_coverage(reals, fakes, k)
-        assert 0 < expected < 1
-        assert coverage(reals, fakes, k) == expected
-
-
-@pytest.mark.parametrize(("fakes", "k", "expected"), [
-    ([1.5], 1, 2 / 4),  # in the balls of 1 and 2
-    ([2], 1, 3 / 4),  # on the edge of those of 1 and 10, too
-    ([2], 2, 4 / 4),
-    ([1.5, 1.5, 1.6], 1, 2 / 4),  # the second and third one add nothing
-    ([-1.01, 20], 1, 0),
-])
-def test_coverage_of_points_on_a_line_is_known_by_hand(fakes, k, expected):
-    """0, 1, 2 and 10: to the nearest other one 1, 1, 1 and 8, to the second nearest 2, 1, 2 and 9."""
-    assert coverage(line(0, 1, 2, 10), line(*fakes), k) == expected
-
-
-def test_copies_of_the_reals_cover_all_of_them_however_rounding_falls():
-    """k-th neighbors among the fakes lie on the edge of every ball; here far from 0, of unlike length, and repeated."""
-    reals = torch.cat([normals(0, 60, 100) * 10.0**normals(1, 60, 1), normals(2, 2, 100).repeat(9, 1)]) + 1e4
-    for first in range(len(reals)):
-        ball = (reals - reals[first]).norm(dim=1).argsort()[:6]  # itself and 5 others
-        assert coverage(reals, reals[ball[-1:]]) >= 1 / len(reals)
-        assert plain_coverage(reals[ball], reals[ball[-1:]], 5) == coverage(reals[ball], reals[ball[-1:]])
-    assert coverage(reals, reals.flip(0)) == 1
-
-
-def test_float32_features_far_from_zero_are_covered_as_near_it():
-    """At 1,000 the squares of 64 float32 numbers are exact to 4, distances of 0.001 long lost."""
-    reals, fakes = (1000 + 0.01 * normals(seed, 40, 64).float() for seed in (0, 1))
-    assert coverage(reals, fakes, 3) == plain_coverage(reals, fakes, 3) == coverage(reals - 1000, fakes - 1000, 3)
-
-
-@pytest.mark.parametrize("k", [1, 2, 5])
-def test_a_new_draw_covers_all_but_one_real_in_two_to_the_k(k):
-    """Of a real's neighbors of either kind, the first k are all reals with probability 2^-k."""
-    seen = [coverage(normals(seed, 400, 2), normals(seed + 100, 400, 2), k) for seed in range(10)]
-    assert sum(seen) / len(seen) == pytest.approx(1 - 2**-k, abs=0.03)
-
-
-def test_coverage_of_images_that_repeat_falls_with_their_number():
-    """Where spread is near 1 already: of 271 reals, 12 images come near less than 0.3 times as many as 271 images."""
-    reals, fakes = (pixel_features(pictures(seed, 271, 16)) for seed in (0, 1))
-    seen = [coverage(reals, fakes[:kept].repeat(271 // kept, 1)) for kept in (1, 2, 4, 12, 64, 271)]
-    assert seen == sorted(seen)
-    assert seen[-1] > 0.9
-    assert seen[3] < 0.3 * seen[-1] < seen[4]
+# ---- Pixels
 
 
 @pytest.mark.parametrize(("side", "channels"), [(4, 3), (16, 1), (64, 3)])
 def test_pixel_features_are_means_over_blocks_between_minus_one_and_one(side, channels):
     images, size = pictures(0, 5, side, channels), min(side, 16)
     blocks = images.numpy().reshape(5, channels, size, side // size, size, side // size).mean(axis=(3, 5))
-    np.testing.assert_allclose(pixel_features(images), blocks.reshape(5, -1) / 127.5 - 1, atol=1e-12)
+    for same in (images, channels_innermost(images), images.float(), images.double()):
+        np.testing.assert_allclose(pixel_features(same), blocks.reshape(5, -1) / 127.5 - 1, atol=1e-12)
 
 
 # ---- All of them
 
-SIDES = {SlicedWasserstein: 32, PixelFrechet: 32, MultiScaleSSIM: 64}
+SIDES = {SlicedWasserstein: 32, MultiScaleSSIM: 64}
 
 
 def new(kind):
@@ -507,7 +397,7 @@ def test_order_and_batch_size_do_not_change_the_result(case):
 def test_the_memory_layout_of_the_images_changes_no_bit_of_the_result(kind, channels):
     results = []
     for strided in (False, True):
-        metric = PixelFrechet(channels=channels) if kind is PixelFrechet else new(kind)
+        metric = new(kind)
         sets = [pictures(seed, 20, SIDES[kind], channels, noise) for seed, noise in ((0, 20), (1, 40))]
         feed(metric, *(channels_innermost(images) if strided else images for images in sets))
         results.append(flat(metric.compute()))
@@ -593,8 +483,6 @@ def test_unequal_or_absent_sets_are_refused_with_both_counts():
         swd(pictures(0, 0, 16), pictures(0, 0, 16))
     with pytest.raises(ValueError, match="0 pairs, must be at least 1"):
         ssim(pictures(0, 0, 64), pictures(0, 0, 64))
-    with pytest.raises(ValueError, match="1 reals, 0 fakes, must be 2 each"):
-        frechet(pictures(0, 1, 16), pictures(0, 0, 16))
 
 
 def test_resolutions_without_a_definition_are_refused():
@@ -606,15 +494,3 @@ def test_resolutions_without_a_definition_are_refused():
         ssim(pictures(0, 1, 32), pictures(0, 1, 32))
     with pytest.raises(ValueError, match="must be equal"):
         ssim(pictures(0, 2, 64), pictures(0, 1, 64))
-    for reals, fakes in ((pictures(0, 2, 32), pictures(0, 2, 16)), 2 * [pictures(0, 2, 16, channels=1)]):
-        with pytest.raises(ValueError, match="must have 3 channels, one resolution"):
-            frechet(reals, fakes)
-    with pytest.raises(ValueError, match="multiple of 16 px or smaller"):
-        frechet(pictures(0, 2, 24), pictures(0, 2, 24))
-
-
-@pytest.mark.parametrize(("reals", "fakes", "k"), [((5, 2), (9, 2), 5), ((9, 2), (0, 2), 5), ((9, 2), (9, 3), 5),
-                                                   ((9, 2), (9, 2), 0), ((9,), (9,), 5)])
-def test_coverage_without_enough_neighbors_or_of_other_features_is_refused(reals, fakes, k):
-    with pytest.raises(ValueError, match=r"must be \[N > k, D\] .* Use more images, or a smaller k"):
-        coverage(torch.zeros(reals), torch.zeros(fakes), k)

@@ -29,6 +29,7 @@ from PIL import Image
 from gradine.configs.schema import CrashLoop, Diverged, EnvironmentFault, Run, SaveFault, UserError, from_dict
 from gradine.pipeline import driver, signals, summary, webhook
 from gradine.pipeline.display import Board
+from gradine.pipeline.figures import current
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.session import SECONDS_TO_LEAVE, Session
 from gradine.pipeline.signals import Deadline, Signals, Stopped
@@ -171,8 +172,8 @@ def measured(minute: float, size: int, seen: int, error: str | None = None) -> d
 
 
 def row(size: int, seen: int, metric: str, value: float | None) -> dict[str, Any]:
-    return {"metric": metric, "value": value, "resolution": size, "images_seen": seen, "floor": 2.5, "untrained": 300.0,
-            "reals": None, "checkpoint": f"r{size:04d}-hold-{seen:09d}"}
+    return current({"metric": metric, "value": value, "resolution": size, "images_seen": seen, "floor": 2.5,
+                    "untrained": 300.0, "checkpoint": f"r{size:04d}-hold-{seen:09d}", "count": 271})
 
 
 LAST_NIGHT = [
@@ -199,7 +200,8 @@ TONIGHT = [
     tick(61, 8, 1600, 10.0, (3, 2)), saved(62, 8, 1600), measured(63, 8, 1400, error="it died"),
     measured(64, 8, 1600), tick(65, 8, 1700, 12.0, (3, 2)),
     line(66, "stopped", reason="until 06:00")]
-ROWS = [row(4, 600, "swd", 40.0), row(4, 1000, "swd", 32.0), row(4, 1000, "frechet_pixels16", 9.0),
+ROWS = [row(4, 600, "swd", 40.0), row(4, 1000, "swd", 32.0),
+        {**row(4, 1000, "fd_pixels16", 9.0), "metric": "frechet_pixels16"},  # as older versions call it
         row(8, 1600, "swd", 55.0), row(8, 1600, "ms_ssim", None)]
 
 
@@ -209,9 +211,9 @@ def flowers() -> Run:
         {"resolution": 8, "fade_images": 1000, "hold_images": 2000, "batch_size": 8}]})
 
 
-def told(error: BaseException | None = None) -> summary.Night:
+def told(rows: list[dict[str, Any]] = ROWS, error: BaseException | None = None) -> summary.Night:
     outcome = outcome_of(error or Stopped(signal.SIGALRM), "until 06:00")
-    return night_of(flowers(), LAST_NIGHT + TONIGHT, len(LAST_NIGHT), ROWS, outcome, NIGHT, NIGHT + 66 * 60)
+    return night_of(flowers(), LAST_NIGHT + TONIGHT, len(LAST_NIGHT), rows, outcome, NIGHT, NIGHT + 66 * 60)
 
 
 def test_the_facts_of_a_night_are_those_of_its_lines_alone() -> None:
@@ -232,14 +234,37 @@ def test_the_facts_of_a_night_are_those_of_its_lines_alone() -> None:
     assert night.checkpoints == ["r0004-hold-000001000", "r0008-hold-000001400", "r0008-hold-000001600"]
     assert night.best == [Best("swd", 4, 40.0, 32.0, "r0004-hold-000001000"),
                           Best("swd", 8, None, 55.0, "r0008-hold-000001600"),
-                          Best("frechet_pixels16", 4, None, 9.0, "r0004-hold-000001000")]
-    assert [name for name, _ in night.figures] == ["r0004-hold-000001000", "r0008-hold-000001600"]
+                          Best("fd_pixels16", 4, None, 9.0, "r0004-hold-000001000")]
+    assert [name for name, _ in night.measured] == ["r0004-hold-000001000", "r0008-hold-000001600"]
 
 
 def test_what_was_not_better_is_no_new_best() -> None:
     assert summary.new_best([*ROWS, row(4, 200, "swd", 31.0)], [ROWS[1]]) == []
-    assert summary.new_best([row(4, 200, "swd", None), row(4, 400, "swd", float("nan"))],
-                            [row(4, 400, "swd", float("nan"))]) == []
+    assert summary.new_best([row(4, 200, "swd", None), (lost := row(4, 400, "swd", float("nan")))], [lost]) == []
+
+
+def test_a_best_is_held_against_rows_of_its_count_and_features_alone() -> None:
+    others = [{**row(4, 600, "swd", 31.0), key: "of another kind"} for key in ("count", "features_digest", "data")]
+    assert summary.new_best([*ROWS, *others], [ROWS[1]]) == [Best("swd", 4, 40.0, 32.0, "r0004-hold-000001000")]
+
+
+def test_of_several_features_the_strongest_tell_of_a_new_best() -> None:
+    own = [row(8, 1600, name, 1.0) for name in ("fd_pixels16", "fd_lite0_224", "kid_lite0_224", "swd")]
+    before = [row(8, 1400, name, 2.0) for name in ("fd_pixels16", "fd_lite0_224", "kid_lite0_224", "swd")]
+    assert [(best.metric, best.was) for best in summary.new_best([*before, *own], own)] == [
+        ("swd", 2.0), ("fd_lite0_224", 2.0)]
+
+
+def test_the_table_of_figures_has_the_columns_that_the_night_measured() -> None:
+    extra = [row(8, 1600, name, 0.5) for name in ("coverage_lite0_224", "copy_rate_lite0_224", "fd_lite0_224",
+                                                  "fd_pixels16", "kid_lite0_224")]
+    night = told([*ROWS, *extra])
+    assert summary.columns(told()) == ["swd", "fd_pixels16"]  # of ms_ssim there is no value
+    assert summary.columns(night) == ["swd", "fd_lite0_224", "coverage_lite0_224", "copy_rate_lite0_224"]
+    table = summary.page(night, []).partition('<table id="figures">')[2].partition("</table>")[0]
+    assert [re.findall(r"<td>(.*?)</td>", line) for line in table.split("<tr>")[2:]] == [
+        ["r0004-hold-000001000", "32", "2.5", "300", "–", "–", "–"],
+        ["r0008-hold-000001600", "55", "2.5", "300", "0.5", "0.5", "0.5"]]
 
 
 @pytest.mark.parametrize(("error", "result", "code"), [
@@ -279,7 +304,7 @@ def test_the_paragraph_reads_as_one(berlin: None) -> None:
         "flowers: stopped as asked, until 06:00. 1,700 of 4,000 images (42 %), 1,100 of them in 1 h 06 min. 1 retry, "
         "the last after: ActorDiedError: the worker died. 1 alarm, the last: the norm <left> its band. New best SWD at "
         "4 px: 32, was 40.")
-    failed = summary.paragraph(told(CrashLoop("training failed 3 times")))
+    failed = summary.paragraph(told(error=CrashLoop("training failed 3 times")))
     assert failed.startswith("flowers: failed with exit code 5. training failed 3 times. 1,700 of")
 
 
@@ -314,6 +339,7 @@ def test_the_pictures_are_the_first_and_last_of_the_night_or_the_one_before_it(t
     folder = RunDir(tmp_path / "flowers")
     for size, seen in ((4, 600), (4, 800), (8, 1000), (8, 1200), (8, 9000)):
         noise(folder, size, seen)
+    (folder.samples / "r0008-000000850-neighbors.png").touch()  # no samples
     night = [measured(1, 8, seen) for seen in (1000, 1100, 1200)]
 
     def seen(lines: list[dict[str, Any]]) -> list[int]:
@@ -700,7 +726,7 @@ def test_f40_a_night_after_the_end_of_the_run_says_so_and_changes_nothing(
     """the nightly command three times on a run that has trained"""
     config, folder = copied(unbroken, tmp_path)
     assert gradine("train", config, "--until", "06:00") == 0  # measures what was not measured yet
-    assert len(folder.lines("metrics.jsonl")) == 6
+    assert len({row["checkpoint"] for row in folder.lines("metrics.jsonl")}) == 2
 
     def no_ray(*_: Any) -> None:
         raise AssertionError("Ray was started")

@@ -48,11 +48,11 @@ def test_the_published_recipe_runs_through_all_nine_stages(tmp_path: Path, ray_c
     rows = {(row["resolution"], row["metric"]): row for row in folder.lines("metrics.jsonl")}
     for size in (4, 8, 16, 32, 64, 128, 256, 512, 1024):
         assert rows[size, "swd"]["value"] > 0
-        assert rows[size, "frechet_pixels16"]["value"] > 0
+        assert rows[size, "fd_pixels16"]["value"] > 0
         assert (rows[size, "ms_ssim"]["value"] is None) == (size < 64)
         with Image.open(next(folder.samples.glob(f"r{size:04d}-0*.png"))) as grid:
             assert grid.size == (4 * size, size)
-    assert set(rows[1024, "swd"]["levels"]) == {"16", "32", "64", "128", "256", "512", "1024"}
+    assert set(rows[1024, "swd"]["parts"]) == {"16", "32", "64", "128", "256", "512", "1024"}
     peak = max(event["peak_memory_mb"] for event in folder.history() if event["event"] == "stage_end")
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with capsys.disabled():

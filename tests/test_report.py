@@ -76,9 +76,10 @@ def save_grid(run: RunDir, name: str, images: np.ndarray) -> None:
 
 def metric(name: str, resolution: int, **facts):
     seen = SPANS[resolution][1]
-    return {"metric": name, "value": None, "reason": None, "levels": None, "floor": None, "untrained": None,
-            "reals": None, "resolution": resolution, "checkpoint": f"r{resolution:04d}-hold-{seen:09d}",
-            "images_seen": seen, "count": 5000, "seed": 0, "seconds": 1.0, **facts}
+    return {"metric": name, "value": None, "reason": None, "interval": None, "parts": None, "floor": None,
+            "untrained": None, "reals": None, "features": None, "features_digest": None, "resolution": resolution,
+            "checkpoint": f"r{resolution:04d}-hold-{seen:09d}", "images_seen": seen, "count": 5000, "seed": 0,
+            "data": "c" * 64, "seconds": 1.0, **facts}
 
 
 def tick(resolution: int, images_seen: int, **facts):
@@ -199,6 +200,19 @@ def test_pictures_of_a_stage_are_its_samples_beside_its_reals(finished):
     assert len(page.pictures("Generated images, 32 px")) == 2  # large, and beside the reals
 
 
+def test_the_nearest_training_images_are_shown_where_they_are(finished):
+    assert not report(finished).pictures("nearest training images")
+    save_grid(finished, "r0016-000000500-neighbors.png", tiles(16))
+    save_grid(finished, "r0016-000000480-neighbors.png", 255 - tiles(16))
+    save_grid(finished, "r0016-000000900-neighbors.png", 255 - tiles(16))  # of a branch that was given up
+    page = report(finished)
+    (picture,) = page.pictures("nearest training images, 16 px")
+    rows = [np.concatenate(list(row), axis=1) for row in (tiles(16)[:8], tiles(16)[8:])]
+    np.testing.assert_array_equal(np.asarray(picture), np.concatenate(rows))
+    assert "(after 500 images)" in page.text
+    assert len(page.pictures("Generated images, 16 px")) == 1  # they are not taken for samples
+
+
 def test_gray_samples_are_shown_as_they_are(tmp_path):
     run = new_run(tmp_path)
     train(run, [16])
@@ -236,13 +250,39 @@ def test_wide_pictures_are_reduced(tmp_path):
 
 def test_tables_show_the_last_row_of_each_metric(finished):
     finished.append("metrics.jsonl", metric("swd", 32, value=7.25, floor=3.5, untrained=321.0, count=4321,
-                                            levels={"16": 6.5, "32": 8.0}))
+                                            interval=[7.0, 7.5], parts={"16": 6.5, "32": 8.0}))
     finished.append("metrics.jsonl", metric("ms_ssim", 32, value=0.27, reals=0.31, count=900))
     page = report(finished)
-    assert page.row("stage-32", "SWD")[1:] == ["7.25", "3.5", "321", "4,321"]
-    assert "16 px: 6.5, 32 px: 8" in page.row("stage-32", "SWD")[0]
-    assert page.row("stage-32", "MS-SSIM")[1:] == ["0.27", "0.31", "–", "900"]
-    assert page.row("stage-16", "SWD")[1:] == ["26", "2.5", "216", "5,000"]
+    assert page.row("stage-32", "SWD") == ["SWD ↓ 16 px: 6.5, 32 px: 8", "7.25", "7 to 7.5", "3.5", "321", "4,321"]
+    assert page.row("stage-32", "MS-SSIM") == ["MS-SSIM of pairs", "0.27", "–", "0.31", "–", "900"]
+    assert page.row("stage-16", "SWD")[1:] == ["26", "–", "2.5", "216", "5,000"]
+
+
+def test_a_table_of_many_metrics_is_read_from_distances_to_copies(finished):
+    for name in ("discriminator", "copy_rate_lite0_224", "recall_lite0_224", "precision_lite0_224", "fd_pixels16",
+                 "fd_lite0_224"):
+        finished.append("metrics.jsonl", metric(name, 32, value=0.5, parts={"held_out": {"wrong": 0.25}}))
+    page = report(finished)
+    assert [cells[0].split(" held")[0] for cells in page.tables["stage-32"]] == [
+        "Metric", "Distance to the reals", "SWD ↓", "Fréchet distance, lite0 at 224 px ↓",
+        "Fidelity and diversity", "Precision, lite0 at 224 px ↑", "Recall, lite0 at 224 px ↑",
+        "Copies of training images", "Copy rate, lite0 at 224 px ↓", "The discriminator",
+        "Accuracy of the discriminator",
+        "Metric", "Fréchet distance, pixels at 16 px ↓"]
+    assert page.source.count("1 more, by features that say less</summary>") == 1
+    assert "held out wrong: 0.25" in page.row("stage-32", "Accuracy")[0]
+
+
+def test_rows_of_an_older_version_are_shown_under_their_present_names(tmp_path):
+    run = new_run(tmp_path)
+    train(run, [4])
+    for old in (metric("frechet_pixels16", 4, value=9.0, spread=0.7), metric("swd", 4, value=5.0, levels={"4": 5.0})):
+        for key in ("interval", "parts", "features", "features_digest", "data"):
+            del old[key]
+        run.append("metrics.jsonl", old)
+    page = report(run)
+    assert page.row("stage-4", "Fréchet distance, pixels at 16 px")[1:] == ["9", "–", "–", "–", "5,000"]
+    assert page.row("stage-4", "SWD")[0] == "SWD ↓ 4 px: 5"
 
 
 def test_a_table_never_mixes_two_checkpoints(finished):
@@ -251,14 +291,28 @@ def test_a_table_never_mixes_two_checkpoints(finished):
     finished.append("metrics.jsonl", metric("ms_ssim", 32, value=0.4, **older))
     page = report(finished)
     assert page.row("stage-32", "SWD")[1] == "42"
-    assert page.row("stage-32", "MS-SSIM") == ["MS-SSIM of pairs not computed at this evaluation", "–", "–", "–", "–"]
+    assert not [cells for cells in page.tables["stage-32"] if cells[0].startswith("MS-SSIM")]
 
 
-def test_a_metric_without_a_value_is_a_dash_with_its_reason(finished):
+def test_an_evaluation_that_failed_hides_none_that_worked(finished):
+    newest = {"checkpoint": "r0032-hold-000000699", "images_seen": 699}
+    finished.append("metrics.jsonl", metric("swd", 16, reason="it hung", failed=True))
+    for facts in ({**newest, "failed": True}, {"checkpoint": "r0032-fade-000000600", "images_seen": 600, "value": 9.0}):
+        finished.append("metrics.jsonl", metric("swd", 32, **facts))
+    lines = [line for line in finished.lines("metrics.jsonl") if line["images_seen"] != 700]
+    (finished.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(finished)
+    assert page.row("stage-16", "SWD")[1] == "26"
+    assert page.row("stage-32", "SWD")[1] == "9"
+
+
+def test_metrics_without_a_value_are_named_by_their_reason(finished):
+    for name in ("fd_lite0_224", "kid_lite0_224"):
+        finished.append("metrics.jsonl", metric(name, 8, reason="lite0 is not <installed>"))
     finished.append("metrics.jsonl", metric("ms_ssim", 8, reason="defined from 64 px up"))
-    row = report(finished).row("stage-8", "MS-SSIM")
-    assert row[1:4] == ["–", "–", "–"]
-    assert "defined from 64 px up" in row[0]
+    text = report(finished).text
+    assert "No value : MS-SSIM of pairs: defined from 64 px up" in text
+    assert "No value : Fréchet distance, lite0 at 224 px; KID, lite0 at 224 px: lite0 is not <installed>" in text
 
 
 def test_status_says_how_far_how_long_and_how_good(finished):
@@ -452,6 +506,20 @@ def test_curves_follow_the_page_colors_and_name_the_stages(finished):
     assert not re.search(r"(fill|stroke|color): *#", "".join(drawings))
     for label in ("4 px", "8 px", "16 px", "32 px"):
         assert label in drawings[0]
+
+
+def test_a_stage_measured_several_times_gets_a_curve_of_its_distances(finished):
+    assert "Distances over checkpoints" not in report(finished).source
+    for seen, value in ((550, 300.0), (600, 200.0)):
+        at = {"checkpoint": f"r0032-fade-{seen:09d}", "images_seen": seen}
+        finished.append("metrics.jsonl", metric("swd", 32, value=value, **at))
+        finished.append("metrics.jsonl", metric("fd_pixels16", 32, value=value / 9, **at))
+        finished.append("metrics.jsonl", metric("fd_lite0_224", 32, value=value / 7, **at))
+    page = report(finished)
+    drawings = re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)
+    assert len(drawings) == 6
+    assert 'aria-label="Distances over checkpoints"' in drawings[5]
+    assert "SWD Fréchet distance, lite0 at 224 px Of every measured checkpoint" in page.text
 
 
 def test_ten_thousand_ticks_make_a_small_page(tmp_path):

@@ -234,12 +234,15 @@ def test_without_shards_an_image_is_assumed_to_fill_whole_blocks_of_its_tar() ->
     assert scaling.level_of(run_of({"data.encoding": "raw"}), 16).image_bytes == 512 + 1024
 
 
-def test_measuring_is_the_generators_passes_and_the_sorting_of_patches() -> None:
-    """16 px, 100 reals: 50 images a side, scored four times and 50 once more; six sets of 50 * 128 patches sorted."""
+def test_measuring_is_the_passes_of_all_networks_and_the_sorting_of_patches() -> None:
+    """16 px, 100 reals: 50 images a side, of the trained and the untrained generator, both ends of 50 steps, 50 for the
+    discriminator; six sets of 50 * 128 patches sorted; lite0 sees two sets of reals, both of fakes, and the steps."""
     run = run_of()
     macs = 6 * 8 * 16 + 8 * 8 * 9 * 16 + (8 + 8) * 8 * 9 * 64 + (8 + 8) * 8 * 9 * 256 + 8 * 3 * 256
     by_hand = 250 * macs / 60e9 + 6 * 512 * 50 * 128 / 22e6
     assert scaling.evaluation_s(run, 16, 100) == pytest.approx(by_hand)
+    seen = run_of({"evaluation.features": ["pixels", "lite0"]})
+    assert scaling.evaluation_s(seen, 16, 100) == pytest.approx(by_hand + 300 / 43)
     assert one(run, FEW, level=Level(1e3, 100)).evaluation_s == pytest.approx(by_hand)
     each = run_of({"evaluation.when": "checkpoint", "checkpoints.every_images": 480})  # 4 in 1920 images, 1 at the end
     assert one(each, FEW, level=Level(1e3, 100)).evaluation_s == pytest.approx(5 * by_hand)

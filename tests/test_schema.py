@@ -249,6 +249,13 @@ def test_whole_numbers_may_carry_underscores(recipe: Path) -> None:
     ("evaluation.when=never", "evaluation.when='never'", "stage, checkpoint, end"),
     ("evaluation.count=1", "evaluation.count=1", "at least 2"),
     ("evaluation.samples=0", "evaluation.samples=0", "at least 1"),
+    ("evaluation.deadline_s=0", "evaluation.deadline_s=0", "positive"),
+    ("evaluation.metrics=[sdw]", "evaluation.metrics='sdw'", "did you mean 'swd'"),
+    ("evaluation.features=[lite]", "evaluation.features='lite'", "did you mean 'lite0'"),
+    ("evaluation.features=[a.b]", "evaluation.features='a.b'", "module:function"),
+    ("evaluation.features=[a:same,b:same]", "evaluation.features", "two of the same name"),
+    ("evaluation.inception_sha256=6726825d", "evaluation.inception_sha256='6726825d'", "64 digits"),
+    ("checkpoints.best=fd_lite0_224", "checkpoints.best='fd_lite0_224'", "swd, fd_pixels16, kid_pixels16"),
     ("name=a/b", "name='a/b'", "plain folder name. Set the parent folder with runs="),
     ("name=..", "name='..'", "plain folder name"),
     ("branch=other", "branch='other'", "continue, new"),
@@ -416,6 +423,31 @@ def test_shards_alone_take_the_settings_of_data_without_their_prefix() -> None:
 
 def test_a_colour_of_hex_digits_is_text_on_the_command_line_too() -> None:
     assert shard_settings("photos", "out", ["background=#102030"]).background == "#102030"
+
+
+@pytest.mark.parametrize(("kind", "features", "name"), [
+    ("fd", "pixels", "fd_pixels16"), ("kid", "lite0", "kid_lite0_224"), ("fd", "inception", "fid"),
+    ("kid", "inception_clean", "kid_clean"), ("is", "inception", "is"),
+    ("precision", "inception", "precision_inception"),
+    ("coverage", "my.nets:clip", "coverage_clip"), ("fd", "inception_mine:embed", "fd_embed")])
+def test_a_metric_is_called_as_the_field_calls_it(kind: str, features: str, name: str) -> None:
+    assert schema.metric_name(kind, features) == name
+
+
+def test_a_checkpoint_is_the_best_by_a_distance_that_is_measured_or_by_its_former_name(recipe: Path) -> None:
+    assert load(recipe).evaluation.distances() == ["swd", "fd_pixels16", "kid_pixels16"]
+    only = ["evaluation.metrics=[fd,neighbors]", "evaluation.features=[lite0_128,a.b:c]"]
+    run = load(recipe, [*only, "checkpoints.best=fd_c"])
+    assert run.evaluation.distances() == ["fd_lite0_128", "fd_c"]
+    assert "Use one of: fd_lite0_128, fd_c." in refusal(recipe, *only)  # swd is the best by default, and not measured
+    assert load(recipe, ["checkpoints.best=frechet_pixels16"])
+    # what a run measures afterwards need not be what its best is chosen by
+    assert dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, metrics=["swd"]))
+
+
+@pytest.mark.parametrize("name", ["held_out", "inception"])
+def test_addresses_of_an_evaluation_hold_no_login(recipe: Path, name: str) -> None:
+    assert "user and password" in refusal(recipe, f"evaluation.{name}=http://me:CANARY@host/file")
 
 
 @pytest.mark.parametrize("name", ["source", "shards"])

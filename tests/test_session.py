@@ -18,6 +18,7 @@ import pytest
 from gradine.configs.schema import EnvironmentFault, Run, UserError
 from gradine.pipeline import driver
 from gradine.pipeline.display import Display
+from gradine.pipeline.evaluations import Measuring
 from gradine.pipeline.group import send_signal, task_on
 from gradine.pipeline.plan import within_memory
 from gradine.pipeline.run_dir import RunDir
@@ -70,7 +71,8 @@ def test_whoever_lost_the_run_begins_no_term_deletes_nothing_and_ends(session: S
 
 def test_checkpoints_that_wait_to_be_measured_do_not_pile_up_and_a_stages_end_is_never_left_out(
         session: Session) -> None:
-    session.evaluations.running[object()] = (commits.Checkpoint("r0004-x", 4, "hold", 8, True), 0.0)
+    session.evaluations.running[object()] = Measuring(
+        commits.Checkpoint("r0004-x", 4, "hold", 8, True), None, None, 0.0)
     for seen in range(8, 80, 8):
         session.evaluations.start(commits.Checkpoint(f"{seen}", 8, "fade", seen, stage_end=seen == 16))
     assert [one.images_seen for one in session.evaluations.waiting] == [16, 48, 56, 64, 72]

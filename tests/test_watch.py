@@ -23,7 +23,10 @@ from torch import Tensor
 from gradine.configs.schema import Run, from_dict
 from gradine.pipeline import evaluations
 from gradine.stages import evaluate, growth, step
+from gradine.stages.features import open_network
+from gradine.stages.generate import generate
 from gradine.stages.networks import Discriminator, Generator, initialise
+from gradine.stages.subjects import Gathered
 from gradine.stages.watch import Alarms, NonFinite, Watch
 
 Tick = dict[str, Any]
@@ -317,18 +320,17 @@ def test_the_same_training_seen_from_a_final_resolution_or_in_gray_alarms_alike(
 REALS = 271  # what half of the bundled photographs are
 
 
-def subjects(generator: torch.nn.Module, reals: int = REALS) -> evaluate.Subjects:
-    """What a metric looks at: smooth 8 px reals, and the generator's images."""
-    images = smooth_images(8, reals)
-
-    class Reals:
-        count = reals
-
-        def batches(self, start: int) -> Iterator[Tensor]:
-            yield from images.split(64)
-
+def looked_at(generator: torch.nn.Module, reals: int) -> evaluate.Subjects:
+    """What a metric looks at: pixels of smooth 8 px reals, and of the generator's images; nothing is kept."""
     latents = torch.randn(reals, 8, generator=torch.Generator().manual_seed(0))
-    return evaluate.Subjects(judged_run(), Reals(), generator, None, latents)  # type: ignore[arg-type]
+    network = open_network("pixels", judged_run().evaluation, "", "cpu")
+    known: Any = SimpleNamespace(
+        run=judged_run(), count=reals, network=lambda setting: network, floors=lambda *asked: {},
+        remembered_of=lambda setting: lambda name, compute: compute(),
+        real_outputs=lambda setting, which: network(smooth_images(8, reals)),
+        untrained_fakes=Gathered(outputs={"pixels": [network(smooth_images(8, reals))]}),
+        fakes=Gathered(outputs={"pixels": [network(batch) for batch in generate(generator, latents)]}))
+    return known
 
 
 def judged_run(half_life: int = 100) -> Run:
@@ -348,26 +350,31 @@ class Returns(Generator):
         return self.images[(latents[:, 0].abs() * 1e6).long() % len(self.images)]
 
 
-def measured(kept: int, images_seen: int, reals: int = REALS) -> Tick:
-    """The row of an averaged generator that returns `kept` images."""
-    figures = evaluate.frechet(subjects(Returns(kept), reals))
-    return {"metric": "frechet_pixels16", "resolution": 8, "images_seen": images_seen, "untrained": None, "reals": None,
-            "count": reals, **figures}
+def measured(kept: int, images_seen: int, reals: int = REALS) -> list[Tick]:
+    """The rows of an averaged generator that returns `kept` images."""
+    it = looked_at(Returns(kept), reals)
+    return [{"metric": f"{kind}_pixels16", "resolution": 8, "images_seen": images_seen, "count": reals, **row}
+            for kind, row in {**evaluate.frechet(it, "pixels"), **evaluate.neighbors(it, "pixels")}.items()]
+
+
+def value(rows: list[Tick], metric: str) -> float:
+    return next(row["value"] for row in rows if row["metric"] == metric)
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(("kept", "figure"), [(1, "spread"), (2, "coverage"), (4, "coverage"), (8, "coverage"),
-                                              (1024, None)])
+@pytest.mark.parametrize(("kept", "figure"), [(1, "spread_pixels16"), (2, "coverage_pixels16"),
+                                              (4, "coverage_pixels16"), (8, "coverage_pixels16"), (1024, None)])
 def test_f27_a_generator_that_comes_to_return_few_images_raises_the_alarm(kept: int, figure: str | None) -> None:
     """An averaged generator that returned 1,024 images returns k: 1, 2, 4, 8, or (no fault) 1,024 still."""
-    before, row = measured(1024, 1120), measured(kept, 1280)
-    found = evaluations.collapse(judged_run(), [{"metric": "swd", "spread": None}, row], [{"metric": "swd"}, before])
-    assert before["coverage"] > 0.9
+    before, rows = measured(1024, 1120), measured(kept, 1280)
+    found = evaluations.collapse(judged_run(), [NULL, *rows], [NULL, *before])
+    covered = value(before, "coverage_pixels16")
+    assert covered > 0.9
     assert (found and found["figure"]) == figure
     if found:
-        bound = {"spread": 0.25, "coverage": pytest.approx(0.3 * before["coverage"])}
+        bound = {"spread_pixels16": 0.25, "coverage_pixels16": pytest.approx(0.3 * covered)}
         assert (found["alarm"], found["bound"]) == ("collapsing diversity", bound[found["figure"]])
-        assert found["value"] == row[found["figure"]] < found["bound"]
+        assert found["value"] == value(rows, found["figure"]) < found["bound"]
         assert set(found) == {"alarm", "figure", "value", "bound", "rule", "images_seen", "resolution", "message"}
         assert "8px after 1,280 images" in found["message"]
         assert json.loads(json.dumps(found)) == found
@@ -376,38 +383,46 @@ def test_f27_a_generator_that_comes_to_return_few_images_raises_the_alarm(kept: 
 @pytest.mark.fault
 def test_f27_a_generator_that_returned_one_image_from_the_start_raises_the_alarm() -> None:
     """An averaged generator that returns one image, in the first checkpoint measured."""
-    found = evaluations.collapse(judged_run(), [measured(1, 1280)], [])
+    found = evaluations.collapse(judged_run(), measured(1, 1280), [])
     assert found
-    assert (found["figure"], found["value"]) == ("spread", pytest.approx(0, abs=1e-12))
+    assert (found["figure"], found["value"]) == ("spread_pixels16", pytest.approx(0, abs=1e-12))
 
 
 @pytest.mark.fault
 def test_f27_a_collapse_is_told_beside_what_an_earlier_session_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """An averaged generator that returns 2 images, measured by a session that resumed one whose rows are on disk."""
-    lines, recorded, said = [measured(1024, 1120)], [], []
-    folder = SimpleNamespace(lines=lambda file: list(lines), append=lambda file, row: lines.append(row),
-                             record=lambda event, **facts: recorded.append((event, facts)))
+    lines, recorded, said = measured(1024, 1120), [], []
+    folder = SimpleNamespace(lines=lambda file: list(lines), append=lambda file, *rows: lines.extend(rows),
+                             record=lambda event, **facts: recorded.append((event, facts)),
+                             keep_pictures=lambda pictures: None)
     shown = SimpleNamespace(say=lambda text, style="": said.append(text))
     told = evaluations.Evaluations(judged_run(), folder, shown, SimpleNamespace(metric=lambda row: None))  # type: ignore[arg-type]
     of = SimpleNamespace(name="r0008-hold-000001280", resolution=8, images_seen=1280)
-    told.running["task"] = of, 0.0  # type: ignore[assignment]
+    told.running["task"] = evaluations.Measuring(of, None, None, 0.0)  # type: ignore[arg-type]
     monkeypatch.setattr("ray.wait", lambda refs, **options: (refs, []))
-    monkeypatch.setattr("ray.get", lambda ref: [measured(2, 1280)])
+    monkeypatch.setattr("ray.get", lambda ref: evaluate.Evaluated(measured(2, 1280), {}))
+    monkeypatch.setattr("ray.kill", lambda actor: None)
     told.collect()
-    assert [row["images_seen"] for row in lines] == [1120, 1280]
+    assert {row["images_seen"] for row in lines} == {1120, 1280}
     assert [event for event, _ in recorded] == ["alarm", "evaluation"]
-    assert recorded[0][1]["figure"] == "coverage"
+    assert recorded[0][1]["figure"] == "coverage_pixels16"
     assert any("alarm, collapsing diversity: 8px after 1,280 images" in text for text in said)
 
 
-def judged(images_seen: int = 1280, half_life: int = 100, before: list[Tick] | None = None, **figures: Any) -> bool:
-    """Whether the alarm is raised for a row of 8 px, with earlier rows."""
-    row = {**covering(0.9, images_seen=images_seen), **figures}
-    return evaluations.collapse(judged_run(half_life), [row], before or []) is not None
+NULL: Tick = {"metric": "swd", "resolution": 8, "images_seen": 1280, "value": None, "count": 24}
+
+
+def judged(images_seen: int = 1280, half_life: int = 100, before: list[Tick] | None = None, spread: float | None = 0.8,
+           coverage: float | None = 0.9, count: int = 200) -> bool:
+    """Whether the alarm is raised for rows of 8 px, with earlier rows."""
+    rows = [{**NULL, "metric": "spread_pixels16", "images_seen": images_seen, "value": spread},
+            covering(coverage, images_seen=images_seen, count=count)]
+    return evaluations.collapse(judged_run(half_life), rows, before or []) is not None
 
 
 def covering(coverage: float | None, **facts: Any) -> Tick:
-    return {"resolution": 8, "images_seen": 1120, "spread": 0.8, "coverage": coverage, "coverage_count": 200, **facts}
+    return {"metric": "coverage_pixels16", "resolution": 8, "images_seen": 1120, "value": coverage, "count": 200,
+            **facts}
 
 
 def test_diversity_is_judged_once_the_average_had_four_half_lives_of_the_new_layers_alone() -> None:
@@ -420,18 +435,26 @@ def test_diversity_is_judged_once_the_average_had_four_half_lives_of_the_new_lay
     assert evaluations.collapse(judged_run(), [], []) is None
     first, second = judged_run().stages
     run = dataclasses.replace(judged_run(), stages=[first, dataclasses.replace(second, hold_images=0)])
-    assert evaluations.collapse(run, [covering(0.9, spread=0.1, images_seen=720)], []) is None  # all of it is a fade
+    low = {**NULL, "metric": "spread_pixels16", "images_seen": 720, "value": 0.1}
+    assert evaluations.collapse(run, [low], []) is None  # all of it is a fade
 
 
 def test_coverage_is_held_against_the_best_checkpoint_before_that_had_covered_half() -> None:
-    known = [covering(0.6), covering(0.8), covering(0.7), covering(None, coverage_count=None), {"metric": "swd"}]
+    known = [covering(0.6), covering(0.8), covering(0.7), covering(None), NULL,
+             covering(1.0, metric="coverage_lite0_224")]
     assert [judged(coverage=value, before=known) for value in (0.0, 0.239, 0.241, 1.0)] == [True, True, False, False]
     assert not judged(coverage=0.0)
     assert not judged(coverage=0.0, before=[covering(0.49)])
     assert judged(coverage=0.0, before=[covering(0.5)])
     assert not judged(coverage=0.0, before=[covering(0.9, images_seen=1280)])  # itself, measured before
-    assert not judged(coverage=None, coverage_count=None, before=known)
-    assert not judged(coverage=0.0, before=[{"resolution": 8, "images_seen": 1120, "spread": 0.8}])  # of a 0.1 release
+    assert not judged(coverage=None, before=known)
+
+
+def test_without_pixels_among_the_features_diversity_is_judged_by_the_coverage_of_others() -> None:
+    before = [covering(0.8, metric="coverage_lite0_224")]
+    low = covering(0.1, metric="coverage_lite0_224", images_seen=1280)
+    assert evaluations.collapse(judged_run(), [low], before)
+    assert not evaluations.collapse(judged_run(), [low, covering(0.7, images_seen=1280)], [*before, covering(0.8)])
 
 
 def test_another_resolution_s_coverage_counts_when_the_stage_ends_and_only_of_as_many_images() -> None:
@@ -439,22 +462,29 @@ def test_another_resolution_s_coverage_counts_when_the_stage_ends_and_only_of_as
     assert judged(1280, coverage=0.1, before=smaller)
     assert not judged(1272, coverage=0.1, before=smaller)
     assert judged(1272, coverage=0.1, before=[covering(0.9)])
-    assert [judged(coverage=0.1, before=[covering(0.9, coverage_count=count)]) for count in (199, 200, 300)] == [
+    assert [judged(coverage=0.1, before=[covering(0.9, count=count)]) for count in (199, 200, 300)] == [
         False, True, True]
 
 
-def test_coverage_of_many_images_looks_at_the_first_of_either_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 of 271, in batches of 64: the same as of 100 alone. Of 5 it has no meaning, and no value."""
-    assert evaluate.frechet(subjects(Returns(1024)))["coverage_count"] == REALS
-    monkeypatch.setattr(evaluate, "COVERAGE_IMAGES", 100)
-    it = subjects(Returns(1024))
-    figures = evaluate.frechet(it)
-    reals = smooth_images(8, REALS)[:100].flatten(1).double() / 127.5 - 1
-    fakes = torch.cat(list(evaluate.generate(it.average, it.latents)))[:100].flatten(1).double() / 127.5 - 1
-    radii = torch.cdist(reals, reals).sort(dim=1).values[:, 5]
-    covered = (torch.cdist(reals, fakes) <= radii[:, None]).any(dim=1).double().mean().item()
-    assert (figures["coverage"], figures["coverage_count"]) == (covered, 100)
-    assert "coverage" not in evaluate.frechet(subjects(Returns(1024), 5))
+def copying(share: float | None, count: int = 100, searched: int = 50, held_out: int = 0, **facts: Any) -> Tick:
+    return {**NULL, "metric": "copy_rate_pixels16", "value": share, "count": count,
+            "parts": {"searched": searched, "training": 1000, "held_out": held_out}, **facts}
+
+
+def test_fakes_that_are_training_images_by_any_features_raise_an_alarm() -> None:
+    """One in a hundred is expected; one in four is the bound."""
+    told = [len(evaluations.alarms(judged_run(), [copying(share)], [])) for share in (None, 0.01, 0.25, 0.26, 1.0)]
+    assert told == [0, 0, 0, 1, 1]
+    (found,) = evaluations.alarms(judged_run(), [copying(0.5), copying(0.9, metric="copy_rate_lite0_224")], [])
+    assert (found["alarm"], found["figure"], found["value"], found["bound"]) == (
+        "memorised training images", "copy_rate_lite0_224", 0.9, 0.25)
+    assert "90.0% of the generated images" in found["message"]
+
+
+@pytest.mark.parametrize("too_little", [{"count": 99}, {"searched": 49}, {"searched": 500, "held_out": 49},
+                                        {"images_seen": 720}])
+def test_copies_are_not_judged_of_few_images_or_of_an_average_that_is_young(too_little: dict[str, int]) -> None:
+    assert not evaluations.alarms(judged_run(), [copying(1.0, **too_little)], [])
 
 
 # Best checkpoints --------------------------------------------------------------------------------------------------
