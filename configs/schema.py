@@ -297,7 +297,7 @@ class Evaluation:
     cpus: float = 1.0
     gpus: float = 0.0
     samples: int = 64  # images in a grid
-    deadline_s: float = 14_400.0  # an evaluation that takes longer is ended; its figures are null
+    deadline_s: float = 0.0  # one that takes longer is ended, its figures are null; 0: 4 x predicted, an hour at least
 
     def __post_init__(self) -> None:
         one_of("evaluation.when", self.when, ["stage", "checkpoint", "end"])
@@ -305,19 +305,23 @@ class Evaluation:
                 f"evaluation.cpus={self.cpus}, gpus={self.gpus} or memory_gb={self.memory_gb} is negative.")
         require(self.count >= 2, f"evaluation.count={self.count} must be at least 2.")
         require(self.samples >= 1, f"evaluation.samples={self.samples} must be at least 1.")
-        require(self.deadline_s > 0, f"evaluation.deadline_s={self.deadline_s} must be positive.")
+        require(self.deadline_s >= 0, f"evaluation.deadline_s={self.deadline_s} must not be negative.")
         for name in self.metrics:
             one_of("evaluation.metrics", name, FAMILIES)
         for name in self.features:
             if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
                 one_of("evaluation.features", name, [*FEATURES, "module:function"])
         names = [features_suffix(name) for name in self.features]
+        require("clean" not in names, f"evaluation.features={self.features}: `clean` would be taken for Inception's. "
+                                      "Call the function something else.")
         require(len(set(names)) == len(names), f"evaluation.features={self.features} holds two of the same name.")
         require(re.fullmatch(r"|[0-9a-f]{64}", self.inception_sha256) is not None,
                 f"evaluation.inception_sha256={self.inception_sha256!r} is no sha256: 64 digits and letters a to f.")
-        for name in ("held_out", "inception"):
-            refuse_login(f"evaluation.{name}", getattr(self, name))
-            refuse_query(f"evaluation.{name}", getattr(self, name))
+        refuse_login("evaluation.held_out", self.held_out)
+        refuse_query("evaluation.held_out", self.held_out)
+        refuse_login("evaluation.inception", self.inception)
+        require("://" not in self.inception or "?" not in self.inception,
+                "evaluation.inception has a query, which would be written down. Download the file, and give its path.")
 
     def distances(self) -> list[str]:
         """The names of the metrics of which less is better, and by which a checkpoint can be the best."""
@@ -431,6 +435,11 @@ def shard_settings(source: str, shards: str, overrides: Iterable[str]) -> Data:
     """The checked `Data` of shards that are made without a run, from `key=value` texts without their `data.`."""
     raw = {"name": "shards", "stages": [{"resolution": 4}], "data": {"source": source, "shards": shards}}
     return _with(raw, [_split(f"data.{text}") for text in overrides]).data
+
+
+def with_evaluation(run: Run, overrides: Iterable[str]) -> Run:
+    """The run with `key=value` texts of its `evaluation`, without that prefix. UserError as from `load`."""
+    return _with(as_dict(run), [_split(f"evaluation.{text}") for text in overrides])
 
 
 def _with(raw: dict[str, Any], pairs: list[tuple[str, Any]]) -> Run:

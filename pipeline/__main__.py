@@ -107,6 +107,8 @@ def inspect(shards: Annotated[str, typer.Argument(help="Location of a set of sha
 
 @app.command()
 def evaluate(folder: Folder,
+             settings: Annotated[list[str] | None, typer.Argument(
+                 metavar="[KEY=VALUE]...", help="Settings of `evaluation`, e.g. inception=FILE floor=false.")] = None,
              checkpoint: Annotated[str, typer.Option(help="Name of a checkpoint; default: the newest.")] = "",
              stage: Annotated[int, typer.Option(metavar="RESOLUTION", help="The newest one of this stage.")] = 0,
              metrics: Annotated[str, typer.Option(
@@ -118,8 +120,10 @@ def evaluate(folder: Folder,
     """Measure a checkpoint of RUN now, and add the figures to its metrics and report. The run may be training."""
     from gradine.pipeline.commands import evaluate_run
 
-    changes = {"metrics": metrics and metrics.split(","), "features": features and features.split(","), "count": count}
-    evaluate_run(folder, checkpoint, stage, {name: value for name, value in changes.items() if value}, address)
+    lists = {"metrics": f"[{metrics}]" * bool(metrics), "features": f"[{features}]" * bool(features),
+             "count": f"{count or ''}"}
+    changes = [f"{name}={value}" for name, value in lists.items() if value]
+    evaluate_run(folder, checkpoint, stage, [*(settings or ()), *changes], address)
 
 
 @app.command()

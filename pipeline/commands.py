@@ -20,13 +20,14 @@ from gradine.configs.schema import (
     load,
     require,
     shard_settings,
+    with_evaluation,
 )
 from gradine.pipeline import plan as planning
 from gradine.pipeline import scaling
 from gradine.pipeline.cluster import SECONDS_TO_CANCEL, connected, one_line
 from gradine.pipeline.display import duration
 from gradine.pipeline.driver import absolute, run_folder, settle
-from gradine.pipeline.evaluations import evaluator
+from gradine.pipeline.evaluations import deadline_s, evaluator
 from gradine.pipeline.figures import figures_line
 from gradine.pipeline.places import evaluation_fits
 from gradine.pipeline.report import write_report
@@ -133,14 +134,14 @@ def chosen(path: Path, name: str = "", resolution: int = 0
     return folder, run, *newest
 
 
-def evaluate_run(path: Path, name: str, resolution: int, changes: dict[str, Any], address: str) -> None:
-    """Measures a checkpoint with `changes` to the run's evaluation, here or on the cluster at `address`.
+def evaluate_run(path: Path, name: str, resolution: int, changes: list[str], address: str) -> None:
+    """Measures a checkpoint with `changes`, key=value, to the run's evaluation, here or on the cluster at `address`.
 
     The run may be training meanwhile: rows and pictures are only added, and neither lock nor ledger is touched.
     """
     folder, run, of, _ = chosen(path, name, resolution)
-    run = replace(run, evaluation=replace(run.evaluation, **changes))
-    measured = on_cluster(run, of.path, address) if address else measured_here(run, of.path)
+    run = with_evaluation(run, changes)
+    measured = on_cluster(run, of, address) if address else measured_here(run, of.path)
     folder.keep_pictures(measured.pictures)
     folder.append("metrics.jsonl", *measured.rows)
     folder.close()
@@ -154,7 +155,7 @@ def measured_here(run: Run, path: str) -> Evaluated:
     return evaluate(run, path, threads=max(1, int(run.evaluation.cpus)))
 
 
-def on_cluster(run: Run, path: str, address: str) -> Evaluated:
+def on_cluster(run: Run, of: commits.Checkpoint, address: str) -> Evaluated:
     """By an evaluator with evaluation.cpus and .gpus. EnvironmentFault if it cannot be placed, dies or is late."""
     run = absolute(replace(run, ray=replace(run.ray, address=address)))
     asked = run.evaluation
@@ -166,12 +167,12 @@ def on_cluster(run: Run, path: str, address: str) -> Evaluated:
                                    "Leave --address out to measure here.")
         actor, threads = evaluator(run)
         placed = actor.__ray_ready__.remote()  # asked first: an actor answers in turn
-        found = actor.evaluate.remote(run, path, threads)
+        found = actor.evaluate.remote(run, of.path, threads)
         try:
             ray.get(placed)  # waiting for a place is not held against it
-            return cast("Evaluated", ray.get(found, timeout=asked.deadline_s))
+            return cast("Evaluated", ray.get(found, timeout=deadline_s(run, of.resolution)))
         except ray.exceptions.RayError as error:
-            raise EnvironmentFault(f"{path} could not be measured at {address}: {one_line(error)}") from error
+            raise EnvironmentFault(f"{of.path} could not be measured at {address}: {one_line(error)}") from error
         finally:
             ray.kill(actor)
             ray.wait([found], timeout=SECONDS_TO_CANCEL)  # an answer that meets Ray's own end aborts this process

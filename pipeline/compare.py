@@ -124,7 +124,9 @@ def lined_up(sides: list[Side]) -> tuple[list[Line], list[tuple[str, str]]]:
         for side in sides:
             refuse_unlike(metric, sides[0], side)
         rows = [side.rows[metric] for side in sides]
-        if metric.startswith("copy_rate") and any(row["parts"] != rows[0]["parts"] for row in rows):
+        copying = metric.startswith("copy_rate")
+        against = [row["parts"] if copying else (row["parts"] or {}).get("held_out") for row in rows]
+        if (copying or metric == "discriminator") and any(each != against[0] for each in against):
             left_out.append((metric, "judged against other held-out images"))
         else:
             lines.append(Line(metric, rows))

@@ -36,7 +36,7 @@ from gradine.pipeline.sources import locate
 from gradine.pipeline.summary import Teller
 from gradine.stages import checkpoint, commits
 from gradine.stages.commits import Checkpoint, Term, location_of
-from gradine.stages.data import data_digest, has_level
+from gradine.stages.data import data_digest, has_level, read_index
 from gradine.stages.store import Store, is_remote, write_atomic
 
 QUEUE_LOOK_S = 5.0  # between two tries of a run that waits for its turn
@@ -114,6 +114,10 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None, take_
             (display or Display(run)).say(f"all {plan.images_seen:,} images are trained and measured: nothing is left "
                                           f"to do. report: {folder.report}", "bold green")
             return folder
+        if run.evaluation.held_out:
+            unseen = replace(run.data, shards=run.evaluation.held_out)
+            for stage in run.stages:
+                read_index(unseen, stage.resolution)  # or UserError
         whole = all(has_level(run.data, stage.resolution) for stage in run.stages)
         if whole:
             refuse_other_settings(run.data)
@@ -132,6 +136,7 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None, take_
                           cores=os.cpu_count(), versions=versions(), resources=resources)
             try:
                 refuse_unplaceable(run, plan, folder.tell)
+                warn_of_features(run, folder)
                 if shard_if_needed:
                     make_shards(run, folder, shown, whole)
                 term = open_run(run, folder, plan, shown)
@@ -199,8 +204,19 @@ def is_complete(run: Run, folder: RunDir, plan: planning.Plan) -> bool:
     if plan.stages or not folder.report.is_file() or kept_settings(run, folder) != run:
         return False
     found = commits.find(location_of(run, folder.path))[0]
-    done = measured(folder.lines("metrics.jsonl"))
+    done = measured(folder.history())
     return bool(found) and done >= {one.name for one in found if one.stage_end}
+
+
+def warn_of_features(run: Run, folder: RunDir) -> None:
+    """Now, not days later: whoever starts the run can mend it."""
+    from gradine.stages.features import Unavailable, open_network
+
+    for name in run.evaluation.features:
+        try:
+            open_network(name, run.evaluation, run.data.cache_dir, "cpu")
+        except Unavailable as reason:
+            folder.tell(f"figures of the features {name} will be empty: {reason}")
 
 
 def open_run(run: Run, folder: RunDir, plan: planning.Plan, shown: Display) -> Term:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradine.configs.schema import FORMER_METRICS, EnvironmentFault, Run
+from gradine.pipeline import scaling
 from gradine.pipeline.cluster import SECONDS_TO_CANCEL, one_line, worker_environment
 from gradine.pipeline.display import Board, Display
 from gradine.pipeline.figures import figures_line
@@ -79,7 +80,7 @@ class Evaluations:
 
     def start_missing(self) -> None:
         """Stage ends on disk that have no figures yet, e.g. because the last session was killed while measuring."""
-        done = measured(self.folder.lines("metrics.jsonl")) | self.tried
+        done = measured(self.folder.history()) | self.tried
         for found in commits.find(location_of(self.run, self.folder.path))[0]:
             if found.stage_end and found.name not in done:
                 self.start(found)
@@ -176,10 +177,11 @@ class Evaluations:
         for ref, each in [*self.running.items()]:
             if not each.placed and ray.wait([each.ready], timeout=0)[0]:
                 each.placed, each.began = True, time.monotonic()
-            if each.placed and time.monotonic() - each.began > self.run.evaluation.deadline_s:
+            most = deadline_s(self.run, each.of.resolution)
+            if each.placed and time.monotonic() - each.began > most:
                 ray.kill(each.actor)
                 del self.running[ref]
-                self.failed(each, f"took longer than evaluation.deadline_s={self.run.evaluation.deadline_s:g}")
+                self.failed(each, f"took longer than evaluation.deadline_s={most:g}")
 
     def failed(self, ended: Measuring, reason: str) -> None:
         """Rows without values say why; the next session tries again."""
@@ -217,9 +219,14 @@ class Evaluations:
                                        "once there is one.")
 
 
-def measured(rows: Iterable[Row]) -> set[str]:
-    """Names of the checkpoints whose evaluation did not fail as a whole."""
-    return {row["checkpoint"] for row in rows if not row.get("failed")}
+def measured(history: Iterable[Row]) -> set[str]:
+    """Names of the checkpoints whose evaluation ended well, by the ledger: rows may be of a look at one metric."""
+    return {line["checkpoint"] for line in history if line["event"] == "evaluation" and not line["error"]}
+
+
+def deadline_s(run: Run, resolution: int) -> float:
+    """After which an evaluation is taken for hung: as set, else an hour or four times what is predicted."""
+    return run.evaluation.deadline_s or max(3600.0, 4 * scaling.evaluation_s(run, resolution, None))
 
 
 # Alarms --------------------------------------------------------------------------------------------------------------
@@ -323,13 +330,14 @@ def best_coverage(run: Run, row: Row, earlier: Iterable[Row]) -> float:
 def best_checkpoints(rows: Iterable[Row], metric: str) -> set[str]:
     """Rows of metrics.jsonl -> the checkpoint with the lowest `metric` at each resolution; of equal ones the earlier.
 
-    Rows without a value, or with one that is not finite, say nothing; those of other counts are not compared.
+    Rows without a value, or with one that is not finite, say nothing; those of other counts, features or reals are not
+    compared.
     """
-    best: dict[tuple[int, int], Row] = {}
+    best: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         name = FORMER_METRICS.get(row["metric"], row["metric"])
         if name == FORMER_METRICS.get(metric, metric) and row["value"] is not None and math.isfinite(row["value"]):
-            key = row["resolution"], row.get("count", 0)
+            key = tuple(row.get(name) for name in ("resolution", "count", "features_digest", "data"))
             so_far = best.get(key, row)
             best[key] = min(so_far, row, key=lambda each: (each["value"], each["images_seen"]))
     return {row["checkpoint"] for row in best.values()}

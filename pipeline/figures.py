@@ -70,8 +70,9 @@ def current(row: Row) -> Row:
     return now
 
 
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of each checkpoint and metric the newest row, in the present form; one without a value does not replace one.
+def latest(rows: Iterable[Row], fullest: bool = False) -> list[Row]:
+    """Of each checkpoint and metric the newest row, in the present form; one without a value does not replace one, nor,
+    if `fullest`, one of fewer images one of more.
 
     Of a checkpoint with rows of an evaluation that worked, those of one that failed as a whole say nothing.
     """
@@ -82,7 +83,10 @@ def latest(rows: Iterable[Row]) -> list[Row]:
         key = row["checkpoint"], row["metric"]
         if row["failed"] and row["checkpoint"] in worked:
             continue
-        if row["value"] is not None or found.get(key, row)["value"] is None:
+        before = found.get(key, row)
+        if fullest and before["value"] is not None and (row["count"] or 0) < (before["count"] or 0):
+            continue
+        if row["value"] is not None or before["value"] is None:
             found.pop(key, None)  # to the end: the order is that of writing
             found[key] = row
     return [*found.values()]

@@ -50,7 +50,7 @@ def write_report(run_dir: RunDir) -> Path:
     reached = max((line["images_seen"] for line in history if "images_seen" in line), default=0)
     spans = [(start, min(end, reached)) for start, end in map(plan.stage_span, range(len(run.stages)))]
     stages = [stage_facts(run, index, span, history) for index, span in enumerate(spans)]
-    rows = figures.latest(run_dir.lines("metrics.jsonl"))
+    rows = figures.latest(run_dir.lines("metrics.jsonl"), fullest=True)
     results = [result for stage, span in zip(run.stages, spans, strict=True)
                if (result := stage_result(run_dir, rows, stage.resolution, span))]
     distances = [row for result in results if (row := result.metrics.get("swd"))]
@@ -266,7 +266,9 @@ def distances_over_checkpoints(rows: list[Line], spans: list[tuple[int, int]], r
     for stage, (first, last) in zip(run.stages, spans, strict=True):
         own = sorted((row for row in rows if row["resolution"] == stage.resolution and row["value"] is not None
                       and row["value"] > 0 and first < row["images_seen"] <= last), key=lambda row: row["images_seen"])
-        lines += [(metric, [row for row in own if row["metric"] == metric]) for metric in metrics]
+        for metric in metrics:  # those measured as the stage's last one was
+            newest = next((row for row in reversed(own) if row["metric"] == metric), None)
+            lines.append((metric, [row for row in own if newest and figures.alike(row, newest)]))
     if all(len(of_stage) < 2 for _, of_stage in lines):
         return None
     figure, axes = _figure(log=True)

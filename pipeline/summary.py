@@ -115,7 +115,7 @@ def night_of(run: Run, ledger: list[Line], mark: int, rows: list[Line], outcome:
     kept = [line["images_seen"] for line in now if line["event"] == "checkpoint"]
     last = max(resumes[-1], reached(now))
     measured = [line["checkpoint"] for line in lines if line["event"] == "evaluation" and not line["error"]]
-    rows = figures.latest(rows)
+    rows = figures.latest(rows, fullest=True)
     own = [row for row in rows if row["checkpoint"] in measured]
     stages = stages_of(lines, now)
     return Night(

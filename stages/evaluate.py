@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def evaluate(run: Run, path: str, threads: int = 1) -> Evaluated:
     with ExitStack() as opened:
         it = Subjects(run, path, device, threads, opened)
         found = [row for name in run.evaluation.metrics for row in family(it, name)]
-        return Evaluated(found, pictures(it), tuple(it.notes))
+        return Evaluated(found, pictures(it), tuple(dict.fromkeys(it.notes)))
 
 
 def pictures(it: Subjects) -> dict[str, bytes]:
@@ -82,12 +83,12 @@ def family(it: Subjects, name: str) -> Iterator[Row]:
     """The rows of one of the schema's FAMILIES, for each of the features where it is made of features."""
     if name in OF_IMAGES:
         kinds, compute = OF_IMAGES[name]
-        yield from rows(it, kinds, None, lambda: compute(it))
+        yield from rows(it, kinds, None, partial(compute, it))
         return
     kinds, of_features = OF_FEATURES[name]
     for setting in it.run.evaluation.features:
         if not (name == "is" and setting == "pixels"):  # which are no network's, and know no classes
-            yield from rows(it, kinds, setting, lambda setting=setting: of_features(it, setting))  # type: ignore[misc]
+            yield from rows(it, kinds, setting, partial(of_features, it, setting))
 
 
 def rows(it: Subjects, kinds: Iterable[str], setting: str | None, compute: Callable[[], Figures]) -> Iterator[Row]:
@@ -100,10 +101,9 @@ def rows(it: Subjects, kinds: Iterable[str], setting: str | None, compute: Calla
         reason = str(error) if named else f"{type(error).__name__}: {error}"
         figures = {kind: {"reason": " ".join(reason.split())[:500]} for kind in kinds}
     seconds = round(time.perf_counter() - began, 2)
-    try:
+    digest = None
+    with suppress(Exception):
         digest = it.network(setting).digest if setting else None
-    except Unavailable:
-        digest = None
     for kind in kinds:
         found = {**EMPTY, "count": it.count, **figures.get(kind, {"reason": "not computed"})}
         if found["value"] is not None and not math.isfinite(found["value"]):
@@ -149,7 +149,7 @@ def swd(it: Subjects) -> Figures:
     if it.run.evaluation.untrained:
         row["untrained"] = fed(it.untrained_fakes.pixels).compute()["average"]
         it.untrained_fakes.pixels.clear()
-    row |= it.floors(it.remembered(None), f"swd-{count}", lambda: {
+    row |= it.floors(it.remembered(swd=count, seed=it.run.training.seed), "swd", lambda: {
         "floor": fed(it.reals.batches(1, count)).compute()["average"]})
     return {"swd": row}
 
@@ -169,7 +169,7 @@ def ms_ssim(it: Subjects) -> Figures:
         return {"reals": torch.tensor(metric.compute(), dtype=torch.float64)}
 
     fakes = it.fakes.similar
-    reals = float(it.remembered(None)(f"ms-ssim-{count}", of_reals)["reals"])
+    reals = float(it.remembered(pairs=count // 2)("ms-ssim", of_reals)["reals"])
     return {"ms_ssim": {"value": fakes.compute(), "interval": fakes.interval(), "reals": reals, "count": count}}
 
 
@@ -179,13 +179,13 @@ def discriminator(it: Subjects) -> Figures:
     metric = Confusion()
     kinds = {"training": it.reals.batches(0, count)}
     if it.run.evaluation.held_out:
-        kinds["held_out"] = it.held_out_batches(count)
+        kinds["held_out"] = read(it.held_out_images, it.held_out_ids(count))
     for kind, batches in kinds.items():
         for batch in batches:
             metric.update(it.scores(batch / 127.5 - 1), kind)
     for images in generated(it.average, draw_latents(it.run, "scored", count)):
         metric.update(it.scores(images), "fakes")
-    table = metric.compute()
+    table = {**metric.compute(), "held_out": it.held_out_digest if it.run.evaluation.held_out else None}
     return {"discriminator": {"value": table.pop("accuracy"), "parts": table, "count": count}}
 
 
@@ -195,7 +195,8 @@ def discriminator(it: Subjects) -> Figures:
 def frechet(it: Subjects, setting: str) -> Figures:
     """Frechet distance of features; `spread` is the trace of the fakes' covariance over that of the reals'."""
     metric, row = distance(it, setting, FrechetDistance, "fd", it.count)
-    return {"fd": row, "spread": {"value": metric.spread()}}
+    spread = metric.spread()
+    return {"fd": row, "spread": {"value": spread, "reason": "the reals do not differ" if spread is None else None}}
 
 
 def kernel(it: Subjects, setting: str) -> Figures:
@@ -210,7 +211,7 @@ def distance(it: Subjects, setting: str, kind: type[FrechetDistance] | type[Kern
     row: Row = {"value": metric.compute(), "interval": metric.interval(), "count": count}
     if it.run.evaluation.untrained:
         row["untrained"] = against(it.untrained_fakes.features(setting)[:count]).compute()
-    row |= it.floors(it.remembered_of(setting), f"{name}-{count}", lambda: {
+    row |= it.floors(it.remembered_of(setting, it.real_outputs(setting, 0)), f"{name}-{count}", lambda: {
         "floor": against(it.real_outputs(setting, 1).features[:count]).compute()})
     return metric, row
 
@@ -225,7 +226,8 @@ def held_against_reals(it: Subjects, setting: str, kind: Callable[[], Any], name
         metric.update(reals, real=True)
         return metric
 
-    known = it.remembered_of(setting)(f"{name}-{count}", lambda: of_reals().real_statistics())
+    keeper = it.remembered_of(setting, it.real_outputs(setting, 0))
+    known = keeper(f"{name}-{count}", lambda: of_reals().real_statistics())
 
     def against(fakes: Tensor) -> Any:
         metric = of_reals()
@@ -242,7 +244,7 @@ def neighbors(it: Subjects, setting: str) -> Figures:
     against = held_against_reals(it, setting, Neighbors, "neighbors", count)
     metric = against(it.fakes.features(setting)[:count])
     values, intervals = metric.compute(), metric.interval()
-    floors = it.floors(it.remembered_of(setting), f"neighbors-{count}",
+    floors = it.floors(it.remembered_of(setting, it.real_outputs(setting, 0)), f"neighbors-{count}",
                        lambda: against(it.real_outputs(setting, 1).features[:count]).compute())
     return {name: {"value": value, "interval": intervals[name], "floor": floors.get(name), "count": count}
             for name, value in values.items()}
@@ -258,7 +260,7 @@ def inception_score(it: Subjects, setting: str) -> Figures:
         reals.update(logits)
         return {"reals": torch.tensor(reals.compute(), dtype=torch.float64)}
 
-    reals = float(it.remembered_of(setting)("is", of_reals)["reals"])
+    reals = float(it.remembered_of(setting, it.real_outputs(setting, 0))("is", of_reals)["reals"])
     return {"is": {"value": metric.compute(), "interval": metric.interval(), "reals": reals}}
 
 
@@ -279,20 +281,23 @@ def path_length(it: Subjects, setting: str) -> Figures:
 
 def copies(it: Subjects, setting: str) -> Figures:
     """The share of fakes nearer to a training image than held-out reals, or other training images, are."""
-    training = torch.cat([it.real_outputs(setting, which).features for which in range(it.reals.sets)])
-    training, held_out = training[:2 * PAIRWISE_IMAGES], it.held_out(setting)
+    looked_at = [it.real_outputs(setting, which) for which in range(it.reals.sets)]
+    training = torch.cat([each.features for each in looked_at])[:2 * PAIRWISE_IMAGES]
+    held_out = it.held_out(setting, PAIRWISE_IMAGES)
     metric = CopyRate()
     metric.update(training, "training")
     if held_out:
-        metric.update(held_out.features[:PAIRWISE_IMAGES], "held_out")
-    metric.use_reals(it.remembered_of(setting, with_held_out=True)("copies", metric.real_statistics))
+        metric.update(held_out.features, "held_out")
+        looked_at.append(held_out)
+    metric.use_reals(it.remembered_of(setting, *looked_at)("copies", metric.real_statistics))
     metric.update(it.fakes.features(setting)[:PAIRWISE_IMAGES], "fakes")
     value, (figures, nearest) = metric.compute(), metric.nearest()
     most = figures.argsort()[:GALLERY]
     shown = torch.cat(list(generate(it.average, it.latents[most])))
     it.gallery = torch.cat([shown, torch.from_numpy(it.images.pixels(it.reals.order[nearest[most].numpy()]))])
     return {"copy_rate": {"value": value, "interval": metric.interval(), "count": len(figures), "parts": {
-        "searched": len(training), "training": len(it.images), "held_out": len(held_out.features) if held_out else 0}}}
+        "searched": len(training), "training": len(it.images), "held_out": len(held_out.features) if held_out else 0,
+        "held_out_data": it.held_out_digest if held_out else None}}}
 
 
 OF_IMAGES: dict[str, tuple[tuple[str, ...], Callable[[Subjects], Figures]]] = {

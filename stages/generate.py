@@ -43,12 +43,17 @@ def to_uint8(images: Tensor) -> Tensor:
 @torch.no_grad()
 def generated(generator: Generator, latents: Tensor) -> Iterator[Tensor]:
     """Floats [n, C, R, R] around [-1, 1] on the generator's device, for the latents in order; n is 32 up to 128 px,
-    fewer above for memory's sake.
+    fewer above for memory's sake, 4 at least: a minibatch-stddev group, two pairs.
     """
     device = next(generator.parameters()).device
-    batch = max(1, min(32, 32 * 128**2 // int(list(generator.to_rgb)[-1]) ** 2))
-    for part in latents.split(batch):
-        yield generator(part.to(device))
+    for part in latents.split(images_at_once(int(list(generator.to_rgb)[-1]))):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # paths take steps that TF32 would round away
+            images = generator(part.to(device))
+        yield images
+
+
+def images_at_once(resolution: int) -> int:
+    return max(4, min(32, 32 * 128**2 // resolution**2))
 
 
 def generate(generator: Generator, latents: Tensor) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ on the node and computed once for all checkpoints and runs. Each part is made wh
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from gradine.configs.schema import Run
 from gradine.stages import checkpoint, commits
 from gradine.stages.data import Images, data_digest
 from gradine.stages.features import Network, Outputs, Unavailable, open_network
-from gradine.stages.generate import draw_latents, generate, load_average
+from gradine.stages.generate import draw_latents, generate, images_at_once, load_average
 from gradine.stages.metrics import MultiScaleSSIM
 from gradine.stages.networks import Discriminator, Generator, initialise
 from gradine.stages.statistics import Remembered
@@ -32,25 +33,35 @@ FROM_FEATURES = {"fd", "kid", "neighbors", "is", "copies"}
 
 
 class RealSets:
-    """Two disjoint sets of `count` reals, or one, in an order of their own: the same images for every checkpoint."""
+    """Two disjoint sets of `count` reals, or one: the same images for every checkpoint and run."""
 
     def __init__(self, run: Run, images: Images, sets: int) -> None:
         self.images, self.sets = images, sets
-        self.order = images.ids(run.training.seed, -len(images), len(images))  # epoch -1: training starts with epoch 0
+        self.order = shuffled(len(images))
         self.count = min(run.evaluation.count, len(images) // sets)
 
     def first(self, count: int) -> Tensor:
         return torch.from_numpy(self.images.pixels(self.order[:count]))
 
-    def batches(self, which: int, count: int | None = None) -> Iterator[Tensor]:
-        """uint8 [64, C, R, R] of set 0 or 1, or of its first `count` images."""
-        start = which * self.count
-        yield from read(self.images, self.order[start:start + (self.count if count is None else count)])
+    def ids(self, which: int) -> np.ndarray:
+        """Of set 0 or 1."""
+        return self.order[which * self.count:(which + 1) * self.count]
+
+    def batches(self, which: int, count: int) -> Iterator[Tensor]:
+        """The first `count` images of set 0 or 1, in the order of the shards."""
+        yield from read(self.images, np.sort(self.ids(which)[:count]))
+
+
+def shuffled(count: int) -> np.ndarray:
+    """Sample ids 0..count-1, each place equally likely: shards may be sorted by class."""
+    return np.random.default_rng(0).permutation(count)
 
 
 def read(images: Images, ids: np.ndarray) -> Iterator[Tensor]:
-    for first in range(0, len(ids), 64):
-        yield torch.from_numpy(images.pixels(ids[first:first + 64]))
+    """uint8 [n, C, R, R], a few at a time."""
+    step = 2 * images_at_once(images.resolution)
+    for first in range(0, len(ids), step):
+        yield torch.from_numpy(images.pixels(ids[first:first + step]))
 
 
 def images_that_fit(run: Run, resolution: int) -> int:
@@ -99,18 +110,19 @@ class Subjects:
         self.average = load_average(run, self.files).to(device)
         self.gallery: Tensor | None = None  # fakes, then as many training images
         self.notes = [*self.images.notes]  # what a person should know of, though the figures come all the same
-        self._networks: dict[str, Network | Unavailable] = {}
+        self._networks: dict[str, Network | Exception] = {}
+        self._looked_at: dict[tuple[str, int], Outputs] = {}
 
     def network(self, setting: str) -> Network:
-        """Raises Unavailable, the second time as the first."""
+        """Raises Unavailable, or what else there was, the second time as the first."""
         if setting not in self._networks:
             try:
                 self._networks[setting] = open_network(setting, self.run.evaluation, self.run.data.cache_dir,
                                                        self.device)
-            except Unavailable as reason:
+            except Exception as reason:  # no memory on a device, say: the metrics of the other features are computed
                 self._networks[setting] = reason
         found = self._networks[setting]
-        if isinstance(found, Unavailable):
+        if isinstance(found, Exception):
             raise found
         return found
 
@@ -131,8 +143,9 @@ class Subjects:
     @torch.no_grad()
     def scores(self, images: Tensor) -> Tensor:
         """[N, C, R, R] in [-1, 1] -> the discriminator's scores of all whole minibatch-stddev groups of them."""
-        group = min(4, len(images))
-        return self.discriminator(images[:len(images) // group * group].float().to(self.device)).cpu()
+        whole = images[:len(images) // 4 * 4].float()
+        chunks = whole.split(images_at_once(self.resolution)) if len(whole) else [images[:0]]
+        return torch.cat([self.discriminator(chunk.to(self.device)).cpu() for chunk in chunks])
 
     @cached_property
     def latents(self) -> Tensor:
@@ -171,44 +184,57 @@ class Subjects:
             seen += len(batch)
         return left
 
-    def remembered(self, features: str | None, **facts: Any) -> Remembered:
-        """Keeps what depends on these reals, and on the network whose digest `features` is, alone."""
+    def remembered(self, **facts: Any) -> Remembered:
+        """Keeps what depends on these reals and on `facts` alone."""
         setting = self.run.data
         keeper = Remembered(Path(setting.cache_dir).expanduser() / "statistics", {
-            "data": self.data, "resolution": self.resolution, "seed": self.run.training.seed, "count": self.count,
-            "sets": self.reals.sets, "features": features, **facts}, int(setting.cache_gb * 1e9))
+            "data": self.data, "resolution": self.resolution, "count": self.count, "sets": self.reals.sets, **facts},
+            int(setting.cache_gb * 1e9))
         keeper.notes = self.notes
         return keeper
 
-    def remembered_of(self, setting: str, with_held_out: bool = False) -> Remembered:
-        held_out = with_held_out and self.run.evaluation.held_out
-        return self.remembered(self.network(setting).digest, **(
-            {"held_out": data_digest(self.held_out_images.data, self.resolution)} if held_out else {}))
+    def remembered_of(self, setting: str, *looked_at: Outputs) -> Remembered:
+        """Keeps what depends on these very features of reals: other devices give them other last bits."""
+        digests = [hashlib.sha256(each.features.numpy().tobytes()).hexdigest() for each in looked_at]
+        return self.remembered(features=self.network(setting).digest, rows=digests)
 
     def real_outputs(self, setting: str, which: int) -> Outputs:
-        """Features, and logits if there are any, of the first or second set of reals."""
-        return self._outputs(setting, self.remembered_of(setting), f"set-{which}", lambda: self.reals.batches(which))
+        """Features, and logits if there are any, of the first or second set of reals, in their shuffled order."""
+        if (setting, which) not in self._looked_at:
+            keeper = self.remembered(features=self.network(setting).digest)
+            self._looked_at[setting, which] = self._outputs(setting, keeper, f"set-{which}", self.images,
+                                                            self.reals.ids(which))
+        return self._looked_at[setting, which]
 
-    def held_out(self, setting: str) -> Outputs | None:
+    def held_out(self, setting: str, most: int) -> Outputs | None:
+        """Of the first `most` of evaluation.held_out, in a shuffled order too."""
         if not self.run.evaluation.held_out:
             return None
-        return self._outputs(setting, self.remembered_of(setting, with_held_out=True), "held-out",
-                             lambda: self.held_out_batches(self.run.evaluation.count))
+        ids = self.held_out_ids(most)
+        keeper = self.remembered(features=self.network(setting).digest, held_out=self.held_out_digest, of=len(ids))
+        return self._outputs(setting, keeper, "held-out", self.held_out_images, ids)
 
-    def held_out_batches(self, count: int) -> Iterator[Tensor]:
-        return read(self.held_out_images, np.arange(min(count, len(self.held_out_images))))
+    def held_out_ids(self, most: int) -> np.ndarray:
+        return shuffled(len(self.held_out_images))[:most]
+
+    @property
+    def held_out_digest(self) -> str:
+        return data_digest(self.held_out_images.data, self.resolution)
 
     @cached_property
     def held_out_images(self) -> Images:
         data = replace(self.run.data, shards=self.run.evaluation.held_out, sampling="raw")
         return self.opened.enter_context(closing(Images(data, self.resolution, self.threads)))
 
-    def _outputs(self, setting: str, keeper: Remembered, name: str, batches: Callable[[], Iterator[Tensor]]) -> Outputs:
+    def _outputs(self, setting: str, keeper: Remembered, name: str, images: Images, ids: np.ndarray) -> Outputs:
+        """Read in the order of the shards, given in that of `ids`."""
+        network, place = self.network(setting), torch.from_numpy(np.argsort(np.argsort(ids)))
+
         def compute() -> dict[str, Tensor]:
-            made = [self.network(setting)(batch) for batch in batches()]
+            made = [network(batch) for batch in read(images, np.sort(ids))]
             logits = [each.logits for each in made if each.logits is not None]
-            return {"features": torch.cat([each.features for each in made]),
-                    **({"logits": torch.cat(logits)} if logits else {})}
+            return {"features": torch.cat([each.features for each in made])[place],
+                    **({"logits": torch.cat(logits)[place]} if logits else {})}
 
         kept = keeper(name, compute)
         return Outputs(kept["features"], kept.get("logits"))

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gradine.configs.schema import Data, Run
+from gradine.configs.schema import Data, Run, from_dict
 from gradine.pipeline.shards import shard
-from gradine.stages import commits, evaluate, features, loop, subjects
+from gradine.stages import commits, evaluate, features, generate, loop, subjects
 from gradine.stages.data import Images, data_digest
 from gradine.stages.evaluate import Evaluated
 from gradine.stages.networks import Generator
@@ -56,8 +56,7 @@ def by_metric(found: Evaluated) -> Rows:
 
 def reals_of(run: Run) -> Tensor:
     """All 48, in the order in which evaluations split them."""
-    images = Images(run.data, SIZE)
-    return torch.from_numpy(images.pixels(images.ids(run.training.seed, -len(images), len(images))))
+    return torch.from_numpy(Images(run.data, SIZE).pixels(np.random.default_rng(0).permutation(48)))
 
 
 def fakes_of(run: Run, path: str, count: int) -> Tensor:
@@ -92,7 +91,36 @@ def test_without_a_floor_all_reals_are_one_set_as_in_published_distances(
     row = rows["fd_pixels16"]
     assert row["value"] == pytest.approx(plain_frechet(reals_of(run), fakes_of(run, path, 48)), rel=1e-4)
     assert {(each["count"], each["floor"]) for each in rows.values()} == {(48, None)}
-    assert rows["copy_rate_pixels16"]["parts"] == {"searched": 48, "training": 48, "held_out": 0}
+    assert rows["copy_rate_pixels16"]["parts"] == {"searched": 48, "training": 48, "held_out": 0,
+                                                   "held_out_data": None}
+
+
+def test_both_sets_of_reals_are_drawn_from_all_shards_and_are_those_of_every_run() -> None:
+    """Shards may be sorted by class: here 20 classes of 500 in a row, 50 of each expected, deviation 6.7."""
+    class Sorted:
+        resolution = 4
+
+        def __len__(self) -> int:
+            return 10_000
+
+    drawn = []
+    for seed in (0, 1):
+        run = from_dict({"name": "x", "data": {"source": "a", "shards": "b"}, "stages": [{"resolution": 4}],
+                         "training": {"seed": seed}, "evaluation": {"count": 1_000}})
+        sets = subjects.RealSets(run, Sorted(), 2)  # type: ignore[arg-type]
+        first, second = sets.ids(0), sets.ids(1)
+        assert not {*first} & {*second}
+        for ids in (first, second):
+            counts = np.bincount(ids // 500, minlength=20)
+            assert counts.min() >= 25
+            assert counts.max() <= 75
+        drawn.append((first.tolist(), second.tolist()))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(("resolution", "expected"), [(4, 32), (128, 32), (256, 8), (512, 4), (1024, 4)])
+def test_images_come_in_whole_groups_and_pairs_at_every_resolution(resolution: int, expected: int) -> None:
+    assert generate.images_at_once(resolution) == expected
 
 
 def test_every_row_says_what_it_was_made_of(trained: tuple[Run, str], measure: Callable[..., Evaluated]) -> None:
@@ -188,7 +216,9 @@ def test_held_out_images_are_what_copies_and_the_discriminator_are_judged_by(
         (few / "images" / path.name).write_bytes(path.read_bytes())
     shard(Data(source=str(few / "images"), shards=str(few / "shards")), SIZE)
     rows = by_metric(measure(metrics=["copies", "discriminator"], held_out=str(few / "shards")))
-    assert rows["copy_rate_pixels16"]["parts"] == {"searched": 48, "training": 48, "held_out": 12}
+    digest = data_digest(Data(source="", shards=str(few / "shards")), SIZE)
+    assert rows["copy_rate_pixels16"]["parts"] == {"searched": 48, "training": 48, "held_out": 12,
+                                                   "held_out_data": digest}
     table = rows["discriminator"]["parts"]
     assert table["real_as_real"] + table["real_as_fake"] == 12
     assert math.isfinite(table["overfit"])

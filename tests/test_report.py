@@ -248,12 +248,13 @@ def test_wide_pictures_are_reduced(tmp_path):
 # ---- Numbers
 
 
-def test_tables_show_the_last_row_of_each_metric(finished):
-    finished.append("metrics.jsonl", metric("swd", 32, value=7.25, floor=3.5, untrained=321.0, count=4321,
+def test_tables_show_the_last_row_of_each_metric_and_a_look_at_fewer_images_does_not_replace_it(finished):
+    finished.append("metrics.jsonl", metric("swd", 32, value=7.25, floor=3.5, untrained=321.0, count=6543,
                                             interval=[7.0, 7.5], parts={"16": 6.5, "32": 8.0}))
+    finished.append("metrics.jsonl", metric("swd", 32, value=9.0, count=200))
     finished.append("metrics.jsonl", metric("ms_ssim", 32, value=0.27, reals=0.31, count=900))
     page = report(finished)
-    assert page.row("stage-32", "SWD") == ["SWD ↓ 16 px: 6.5, 32 px: 8", "7.25", "7 to 7.5", "3.5", "321", "4,321"]
+    assert page.row("stage-32", "SWD") == ["SWD ↓ 16 px: 6.5, 32 px: 8", "7.25", "7 to 7.5", "3.5", "321", "6,543"]
     assert page.row("stage-32", "MS-SSIM") == ["MS-SSIM of pairs", "0.27", "–", "0.31", "–", "900"]
     assert page.row("stage-16", "SWD")[1:] == ["26", "–", "2.5", "216", "5,000"]
 

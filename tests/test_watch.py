@@ -326,7 +326,7 @@ def looked_at(generator: torch.nn.Module, reals: int) -> evaluate.Subjects:
     network = open_network("pixels", judged_run().evaluation, "", "cpu")
     known: Any = SimpleNamespace(
         run=judged_run(), count=reals, network=lambda setting: network, floors=lambda *asked: {},
-        remembered_of=lambda setting: lambda name, compute: compute(),
+        remembered_of=lambda setting, *reals: lambda name, compute: compute(),
         real_outputs=lambda setting, which: network(smooth_images(8, reals)),
         untrained_fakes=Gathered(outputs={"pixels": [network(smooth_images(8, reals))]}),
         fakes=Gathered(outputs={"pixels": [network(batch) for batch in generate(generator, latents)]}))
