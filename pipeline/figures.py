@@ -195,7 +195,7 @@ def _flat(parts: dict[str, Any], above: str = "") -> Iterator[tuple[str, float |
     for name, value in parts.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name} ".replace("_", " "))
-        elif value is None or isinstance(value, int | float):
+        elif isinstance(value, int | float):
             yield f"{above}{name}".replace("_", " "), value
 
 
@@ -220,7 +220,7 @@ def figures_line(of: Checkpoint, rows: Iterable[Row]) -> str:
             beside.append(f"{row['count']:,} images")
         about = f" ({', '.join(beside)})" if beside else ""
         said.append(f"{metric if group(metric) == DISTANCE else kind} {figure_text(row['value'])}{about}")
-    why = _reasons(rows)
+    why = _reasons(row for row in rows if row["count"])  # what is not defined at this resolution is no news
     return f"{of.resolution:>5}px measured: {', '.join(said) or 'nothing'}{f'; null: {why}' if why else ''}"
 
 

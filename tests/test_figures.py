@@ -153,7 +153,7 @@ def test_parts_are_read_as_text_whatever_their_depth() -> None:
     assert figures.parts_text(row("swd", 1.0, parts={"16": 6.5, "32": 8.0})) == "16 px: 6.5, 32 px: 8"
     table = {"held_out": {"taken_for_real": 0.25, "mean": None}, "searched": 900}
     assert figures.parts_text(row("discriminator", 1.0, parts=table)) == (
-        "held out taken for real: 0.25, held out mean: –, searched: 900")
+        "held out taken for real: 0.25, searched: 900")
 
 
 # ---- Runs side by side

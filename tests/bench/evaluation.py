@@ -4,8 +4,6 @@ Full-width networks at 32 px, one training worker of one thread. A round trains 
 own, once alone and once while another process, at the evaluator's priority and with one thread too, evaluates a stored
 checkpoint again and again. Two cores are what they need; which comes first alternates. Bar: at least 0.95 of the
 throughput without. Others on the machine make single ratios noisy: the median of the rounds is what counts.
-
-Before, what the second evaluation of a run takes of the first one's time: statistics of reals are computed once.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,19 +25,17 @@ from tests.bench.cluster import of_run, settings
 
 
 def evaluate_for_ever(config: str, checkpoint: str) -> None:
-    """Prints the seconds of each evaluation; a line before the first, when everything is imported."""
+    """Prints a line before the first, when everything is imported."""
     from gradine.stages.evaluate import evaluate
 
-    os.nice(10)  # as evaluate_beside has it
+    os.nice(10)  # as an Evaluator has it
     print("begins", flush=True)
     while True:
-        began = time.perf_counter()
         evaluate(load(config), checkpoint)
-        print(time.perf_counter() - began, flush=True)
 
 
 @contextmanager
-def evaluator(run: Run, checkpoint: str) -> Iterator[subprocess.Popen[str]]:
+def evaluator(run: Run, checkpoint: str) -> Iterator[None]:
     config = Path(run.runs).parent / "evaluator.yaml"
     config.write_text(dump(run))
     command = [sys.executable, "-m", "tests.bench.evaluation", "evaluate", str(config), checkpoint]
@@ -49,7 +44,7 @@ def evaluator(run: Run, checkpoint: str) -> Iterator[subprocess.Popen[str]]:
         if it.stdout.readline() != "begins\n":
             raise SystemExit("the evaluator did not begin")
         try:
-            yield it
+            yield
             if it.poll() is not None:
                 raise SystemExit("the evaluator ended: nothing was measured beside it")
         finally:
@@ -62,11 +57,6 @@ def main(rounds: int) -> None:
         run = settings(folder, 1, 0)
         trained = driver.train(run, shard_if_needed=True)
         checkpoint = commits.find(commits.location_of(run, trained.path))[0][0].path
-        with evaluator(run, checkpoint) as it:
-            assert it.stdout
-            first, second = float(it.stdout.readline()), float(it.stdout.readline())
-        print(f"an evaluation: {first:.2f} s, then {second:.2f} s: {second / first:.2f} of the first", flush=True)
-
         ratios = []
         for number in range(rounds):
             alone, beside = settings(folder, 1, 2 * number + 1), settings(folder, 1, 2 * number + 2)
