@@ -143,6 +143,7 @@ def test_a_stage_grows_at_a_checkpoint_when_room_comes_and_its_bits_are_those_of
     with taken(ray_cluster, 3) as others:
         def grow(session: Session, index: int) -> None:
             if session.last_tick >= 120:  # in the fade
+                injected.reached("asked")  # a worker asked before would leave the larger group to wait there
                 ray_cluster.util.remove_placement_group(others)
             true_grow(session, index)
 
