@@ -19,7 +19,7 @@ from gradine.pipeline.places import most_placeable, unplaceable
 from gradine.pipeline.plan import with_workers, worker_counts
 from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.session import Session
-from tests.injected import Injected
+from tests.injected import Injected, wait_until
 from tests.test_faults_runs import bits, events, injected  # noqa: F401 (a fixture)
 
 
@@ -142,9 +142,10 @@ def test_a_stage_grows_at_a_checkpoint_when_room_comes_and_its_bits_are_those_of
     true_grow = Session.grow
     with taken(ray_cluster, 3) as others:
         def grow(session: Session, index: int) -> None:
-            if session.last_tick >= 120:  # in the fade
+            if index == 1 and session.group.count == 1 and not session.growing:  # at the first checkpoint of the fade
                 injected.reached("asked")  # a worker asked before would leave the larger group to wait there
                 ray_cluster.util.remove_placement_group(others)
+                wait_until(lambda: session.could_grow(index), "the room is seen")
             true_grow(session, index)
 
         monkeypatch.setattr(Session, "grow", grow)
