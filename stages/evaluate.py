@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradine.configs.schema import EnvironmentFault, Run, UserError, features_suffix, metric_name
+from gradine.configs.schema import EnvironmentFault, Run, features_suffix, metric_name
 from gradine.stages.distances import (
     Confusion,
     CopyRate,
@@ -97,7 +97,7 @@ def rows(it: Subjects, kinds: Iterable[str], setting: str | None, compute: Calla
     try:
         figures = compute()
     except Exception as error:  # whatever one metric dies of, the others are computed
-        named = isinstance(error, Unavailable | ValueError | UserError | EnvironmentFault)
+        named = isinstance(error, Unavailable | ValueError | EnvironmentFault)  # UserError is a ValueError
         reason = str(error) if named else f"{type(error).__name__}: {error}"
         figures = {kind: {"reason": " ".join(reason.split())[:500]} for kind in kinds}
     seconds = round(time.perf_counter() - began, 2)
