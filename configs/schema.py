@@ -190,8 +190,11 @@ class Training:
     lr_ramp_images: int = 0  # the learning rate climbs from 0 over the run's first images; 40,000 in the paper
     average_half_life: int = 10_000  # images after which a weight has lost half its say in the averaged generator
     mirror: bool = True  # flip each real left-right with probability 1/2
+    penalty_every: int = 1  # steps of D from one gradient penalty to the next, its weight times as many
     precision: str = "float32"  # `bfloat16`: convolutions in bf16, weights, norms and losses in float32
     channels_last: bool = False  # memory format of images inside the networks
+    compile: bool = False  # torch.compile the networks: a minute at a stage's start, plain where its backend cannot
+    recompute_from: int = 0  # blocks from this resolution on keep no feature maps but compute them again; 0: none
     deterministic: bool = False  # on GPUs: bit-equal repeats, at the cost of speed; a CPU repeats itself anyway
 
     def __post_init__(self) -> None:
@@ -202,6 +205,9 @@ class Training:
         require(self.penalty_target > 0, f"training.penalty_target={self.penalty_target} must be positive.")
         require(0 <= self.beta1 < 1, f"training.beta1={self.beta1}: use 0 <= beta1 < 1.")
         require(0 < self.beta2 < 1, f"training.beta2={self.beta2}: use 0 < beta2 < 1.")
+        require(self.penalty_every >= 1, f"training.penalty_every={self.penalty_every} must be at least 1.")
+        require(self.recompute_from == 0 or (self.recompute_from >= 8 and is_power_of_two(self.recompute_from)),
+                f"training.recompute_from={self.recompute_from} is no resolution of a block: use 8, 16, 32, ... or 0.")
         require(self.average_half_life > 0, f"training.average_half_life={self.average_half_life} must be positive.")
         require(self.lr_ramp_images >= 0, f"training.lr_ramp_images={self.lr_ramp_images} must not be negative.")
 

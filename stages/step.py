@@ -62,13 +62,15 @@ class Rules:
     drift: float
     average_decay: float  # per step: 0.5 ** (batch / half-life)
     autocast: torch.dtype | None  # the convolutions' precision; None: float32 throughout
+    penalty_every: int = 1  # steps from one penalty to the next, whose weight grows as much
 
     @staticmethod
-    def of(run: Run, batch_size: int, penalty_divisor: int) -> Rules:
+    def of(run: Run, batch_size: int, penalty_divisor: int, precision: str = "") -> Rules:
+        """precision: of the stage, where it was chosen apart from the run's."""
         t = run.training
         return Rules(t.penalty_weight, t.penalty_target, penalty_divisor, t.drift,
                      0.5 ** (batch_size / t.average_half_life),
-                     torch.bfloat16 if t.precision == "bfloat16" else None)
+                     torch.bfloat16 if (precision or t.precision) == "bfloat16" else None, t.penalty_every)
 
 
 def new_adam(network: nn.Module, run: Run) -> torch.optim.Adam:
