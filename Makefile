@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 
-.PHONY: demo test test-all lint bench bench-data bench-cluster bench-metrics clean system-tools
+.PHONY: demo test test-all lint bench bench-compare bench-workers bench-data bench-cluster bench-metrics clean system-tools
 
 .venv/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv .venv
@@ -22,8 +22,15 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-bench: .venv/ready  ## ratios, not seconds: machines are shared
+bench: .venv/ready  ## fifteen minutes: steps and what surrounds them; PEER=1 puts pro-gan-pth beside, ten minutes more
+	$(RUN) tests.bench.step $(SIZES) $(if $(PEER),--peer)
 	$(RUN) tests.bench.overhead
+
+bench-compare: .venv/ready  ## what a change did to the steps: BASE=commit, SIZES="16 32" for some resolutions alone
+	$(RUN) tests.bench.step $(SIZES) --base $(BASE)
+
+bench-workers: .venv/ready  ## eight minutes: sums over workers, and two workers of one thread beside one
+	$(RUN) tests.bench.scaling
 
 bench-data: .venv/ready  ## six minutes; IMAGES=folder of photographs of at least 1024x1024, else it invents some
 	$(RUN) tests.bench.data $(if $(IMAGES),--images $(IMAGES))

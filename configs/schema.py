@@ -11,7 +11,7 @@ import os
 import re
 import typing
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,15 +191,15 @@ class Training:
     average_half_life: int = 10_000  # images after which a weight has lost half its say in the averaged generator
     mirror: bool = True  # flip each real left-right with probability 1/2
     penalty_every: int = 1  # steps of D from one gradient penalty to the next, its weight times as many
-    precision: str = "float32"  # `bfloat16`: convolutions in bf16, weights, norms and losses in float32
-    channels_last: bool = False  # memory format of images inside the networks
+    precision: str = "auto"  # `float32`; `bfloat16`: convolutions, all else in float32; `auto`: the faster, measured
+    channels_last: bool | None = None  # memory format inside the networks; null: the faster, measured as a stage starts
     compile: bool = False  # torch.compile the networks: a minute at a stage's start, plain where its backend cannot
     recompute_from: int = 0  # blocks from this resolution on keep no feature maps but compute them again; 0: none
-    deterministic: bool = False  # on GPUs: bit-equal repeats, at the cost of speed; a CPU repeats itself anyway
+    deterministic: bool = False  # bit-equal repeats: slower on GPUs; an open format is bf16 channels last, unmeasured
 
     def __post_init__(self) -> None:
         one_of("training.penalty_at", self.penalty_at, ["current", "final"])
-        one_of("training.precision", self.precision, ["float32", "bfloat16"])
+        one_of("training.precision", self.precision, ["auto", "float32", "bfloat16"])
         require(self.penalty_weight >= 0 and self.drift >= 0,
                 f"training.penalty_weight={self.penalty_weight}, drift={self.drift} must not be negative.")
         require(self.penalty_target > 0, f"training.penalty_target={self.penalty_target} must be positive.")
@@ -228,6 +228,8 @@ class Stage:
     threads: int = 0  # CPU threads per worker; 0: `cpus` if above 1, else the cores divided by the workers
     cpus: float = 1.0  # logical CPUs a worker asks of Ray
     gpus: float = 0.0  # GPUs a worker asks of Ray; 0 trains on the CPU
+    precision: str = ""  # of this stage; "": training.precision, and in a run's own config.yaml what that came to
+    channels_last: bool | None = None  # the same
 
     def __post_init__(self) -> None:
         where = f"stage {self.resolution}px"
@@ -245,6 +247,8 @@ class Stage:
         require(0 <= self.min_workers <= self.workers, f"{where}: min_workers={self.min_workers} is not between 0 and "
                                                        f"workers={self.workers}.")
         one_of(f"{where}: placement", self.placement, ["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"])
+        if self.precision:
+            one_of(f"{where}: precision", self.precision, ["float32", "bfloat16"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,6 +402,22 @@ class Run:
     @property
     def final_resolution(self) -> int:
         return self.stages[-1].resolution
+
+    def format_of(self, stage: Stage) -> tuple[str, bool | None]:
+        """A stage's precision and whether its images lie channels last; `auto` and None are still open."""
+        last = self.training.channels_last if stage.channels_last is None else stage.channels_last
+        return stage.precision or self.training.precision, last
+
+    def is_open(self, stage: Stage) -> bool:
+        """Whether its format is to be measured."""
+        return "auto" in self.format_of(stage) or None in self.format_of(stage)
+
+    def with_format(self, index: int, precision: str, channels_last: bool | None) -> Run:
+        """The run with this for what a stage's format leaves open."""
+        stage, (asked, last) = self.stages[index], self.format_of(self.stages[index])
+        stage = replace(stage, precision=precision if asked == "auto" else stage.precision,
+                        channels_last=channels_last if last is None else stage.channels_last)
+        return replace(self, stages=[*self.stages[:index], stage, *self.stages[index + 1:]])
 
 
 def check_shares(stage: Stage) -> None:

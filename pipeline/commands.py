@@ -48,14 +48,14 @@ def print_plan(run: Run, nodes: str = "") -> None:
     folder, cluster, asked = run_folder(run), scaling.Nodes.of(nodes) if nodes else None, run
     run, plan = settle(run, folder)
     print(f"{run.name}: {run.stages[0].resolution} to {run.final_resolution}px in {folder.path}\n")
-    print("   px  fade  hold kimg  batch    rate  workers  micro  threads     GB           time  state")
+    print("   px  fade  hold kimg  batch    rate  workers  micro  threads      precision      GB           time  state")
     rows = planning.table(run, plan, measured_rates(folder.history()))
     for row in rows:
         guess = "" if row["measured"] or not row["left"] else "~"
         print(f"{row['resolution']:>5}{row['fade_images'] / 1000:>6g}{row['hold_images'] / 1000:>11g}"
               f"{row['batch_size']:>7}{row['learning_rate']:>8g}{row['workers']:>5} of {row['most_workers']:<3}"
-              f"{row['micro_batch']:>4}{row['threads']:>5} {row['device']}{row['memory_gb']:>7.2g}"
-              f"{guess + duration(row['hours'] * 3600):>15}  {row['state']}")
+              f"{row['micro_batch']:>4}{row['threads']:>5} {row['device']}{row['precision']:>11}"
+              f"{row['memory_gb']:>8.2g}{guess + duration(row['hours'] * 3600):>15}  {row['state']}")
     groups = 1 + sum(not planning.same_group(a, b) for a, b in itertools.pairwise(run.stages))
     evaluation = run.evaluation
     moments = {"end": "after training", "stage": "at each stage's end", "checkpoint": "at each checkpoint"}
@@ -66,6 +66,7 @@ groups   {groups}: stages with equal workers, cpus, gpus and threads share one
 measure  {moments[evaluation.when]} on {place}, at most \
 {evaluation.count:,} images
 workers  of at most one per minibatch-stddev group; micro: images per forward pass; GB: rough, per worker
+auto     the faster precision and memory format, measured by the workers before the stage's first step
 ~        guessed from {planning.ASSUMED_GMACS['cpu']:g} GMAC/s per core, {planning.ASSUMED_GMACS['gpu']:,.0f} per GPU; \
 without ~ from this run's own speed""")
     if cluster:

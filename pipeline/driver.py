@@ -73,11 +73,12 @@ def settle(run: Run, folder: RunDir) -> tuple[Run, planning.Plan]:
                         "another name=.")
     ledger = folder.lines("ledger.jsonl")
     run = planning.resolved(planning.within_memory(run, ledger), os.cpu_count() or 1, stored)
+    run = planning.as_measured(run, ledger)
     branches = [str(line["resolution"]) for line in ledger if line["event"] == "branch"]
     last_branch = branches[-1] if branches else None
     if stored:
         branching_at = int(run.resume) if planning.starts_branch(run, last_branch) else None
-        planning.refuse_changes(run, stored, branching_at)
+        planning.refuse_changes(run, planning.as_measured(stored, ledger), branching_at)
     while True:
         try:
             plan = planning.make_plan(run, found, last_branch)
@@ -86,7 +87,9 @@ def settle(run: Run, folder: RunDir) -> tuple[Run, planning.Plan]:
         if plan.start is None:
             break
         try:
-            commits.read(plan.start.path)
+            state = commits.state_of(commits.read(plan.start.path)["state.json"])
+            if not plan.start.stage_end and "precision" in state:  # the ledger may be new where checkpoints are not
+                run = planning.as_measured(run, [{"event": "format", **state}])
             break
         except commits.Damaged as error:
             damaged.append(str(error))

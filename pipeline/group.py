@@ -82,6 +82,14 @@ class Worker:
 
         yield from functools.partial(run_stage, pulses=True)(*arguments)
 
+    def measure_formats(self, run: Run, stage: int) -> Iterator[dict[str, Any]]:
+        record = keep_record()
+        yield first_pulse(record)
+
+        from gradine.stages.formats import measure
+
+        yield from measure(run, stage, pulses=True)
+
 
 def says_why(error: Exception) -> bool:
     """Whether a worker's error is more than the end of a connection to another one."""
@@ -207,10 +215,20 @@ class Group:
 
         `idle` is called about once a second.
         """
+        calls = [worker.run_stage.options(num_returns="streaming") for worker in self.workers]
+        yield from self.heard([call.remote(run, stage, start, out, *more) for call in calls], run, stage, out, idle)
+
+    def formats(self, run: Run, stage: int, out: str, idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
+        """What stages/formats.py measures; watched, and raising, like the stage's own steps."""
+        calls = [worker.measure_formats.options(num_returns="streaming") for worker in self.workers]
+        yield from self.heard([call.remote(run, stage) for call in calls], run, stage, out, idle)
+
+    def heard(self, calls: list[Any], run: Run, stage: int, out: str, idle: Callable[[], None]
+              ) -> Iterator[dict[str, Any]]:
+        """The events of one streaming call per rank."""
         import ray
 
-        calls = [worker.run_stage.options(num_returns="streaming") for worker in self.workers]
-        streams = {call.remote(run, stage, start, out, *more): rank for rank, call in enumerate(calls)}
+        streams = {call: rank for rank, call in enumerate(calls)}
         self.watchdog = Watchdog(run.ray, len(streams), time.monotonic())
         stragglers = Stragglers(len(streams), run.stages[stage].resolution, self.nodes)
         while streams:

@@ -16,11 +16,14 @@ SAFE = ("resume", "preset", "branch", "tick_images", "runs", "evaluation.", "ray
         "checkpoints.every_images", "checkpoints.keep", "checkpoints.best", "checkpoints.pin", "checkpoints.background",
         "checkpoints.retry_s",
         "data.source", "data.shards", "data.cache_gb", "data.cache_dir", "data.max_rejected_share",
-        "data.download_gb", "data.deadline_s", "data.prefetch")
+        "data.download_gb", "data.deadline_s", "data.prefetch", "training.compile", "training.recompute_from")
 # the order of sums, not what is summed
 SAFE_OF_A_STAGE = ("workers", "min_workers", "placement", "micro_batch", "threads", "cpus", "gpus")
+FORMAT = ("precision", "channels_last")
 MACS_PER_IMAGE_AND_STEP = 18  # of one forward: G 1 + 3, D 3 + 1 + 4 + 4 + 2 (penalty's second backward included)
-STEP_MEMORY = 2.0  # of the plain sum of what a step keeps: 1.8 to 2.2 were seen on CPUs
+# In float32, of one network's weights: both networks and their moments and gradients, the average, and scaled copies.
+WEIGHTS_KEPT = 10
+MAPS_KEPT = 6  # of D's feature maps of a batch: it sees three at once, and the penalty keeps their gradients
 ASSUMED_GMACS = {"cpu": 60.0, "gpu": 6_000.0}  # a second, per core or GPU, where nothing was measured yet
 
 
@@ -78,8 +81,15 @@ def _plan(run: Run, schedule: growth.Schedule, start: Checkpoint | None, reason:
 
 
 def resolved(run: Run, cores: int, stored: Run | None = None) -> Run:
-    """The run with `threads` and `micro_batch` written out: part of what is computed, so a resume keeps them."""
-    stages = []
+    """The run with `threads` and `micro_batch` written out: part of what is computed, so a resume keeps them.
+
+    So are precision and memory format, where `stored` has them and the given settings leave them open.
+    """
+    training, stages = run.training, []
+    if stored and training.precision == "auto":
+        training = replace(training, precision=stored.training.precision)
+    if stored and training.channels_last is None:
+        training = replace(training, channels_last=stored.training.channels_last)
     for index, stage in enumerate(run.stages):
         kept = stored.stages[index] if stored and index < len(stored.stages) else None
         share = stage.batch_size // stage.workers
@@ -88,7 +98,19 @@ def resolved(run: Run, cores: int, stored: Run | None = None) -> Run:
         own = int(stage.cpus) if stage.cpus > 1 else max(1, cores // stage.workers)
         threads = kept.threads if kept and kept.workers == stage.workers else own
         stages.append(replace(stage, threads=stage.threads or threads, micro_batch=stage.micro_batch or micro))
-    return replace(run, stages=stages)
+    run = replace(run, stages=stages, training=training)
+    for index, kept in enumerate(stored.stages[:len(stages)] if stored else ()):
+        run = run.with_format(index, kept.precision, kept.channels_last)
+    return run
+
+
+def as_measured(run: Run, ledger: Sequence[dict[str, Any]]) -> Run:
+    """The run with the formats that were measured for its stages before, newest first, where its settings say none."""
+    for line in reversed(ledger):
+        for index, stage in enumerate(run.stages):
+            if line["event"] == "format" and line["resolution"] == stage.resolution:
+                run = run.with_format(index, line["precision"], line["channels_last"])
+    return run
 
 
 def within_memory(run: Run, ledger: Iterable[dict[str, Any]]) -> Run:
@@ -128,7 +150,9 @@ def _may_change(key: str, run: Run, branching_at: int | None) -> bool:
     if key.startswith("stages."):
         _, index, setting = key.split(".")
         resolution = run.stages[0].resolution * 2 ** int(index)
-        return setting in SAFE_OF_A_STAGE or (branching_at is not None and resolution >= branching_at)
+        # nothing uses the format of a stage before the branch any more
+        return setting in SAFE_OF_A_STAGE or (branching_at is not None
+                                              and (resolution >= branching_at or setting in FORMAT))
     return branching_at is not None and key.startswith("training.")
 
 
@@ -151,13 +175,24 @@ def with_workers(run: Run, index: int, count: int) -> Run:
 
 
 def memory_gb(run: Run, stage: Stage) -> float:
-    """Rough device memory of one worker's step: weights, gradients, moments and average, and kept feature maps."""
-    weights = growth.parameters(run.network, stage.resolution, run.data.channels) * 4 * (4 + 4 + 1)
+    """Rough device memory of one worker's step, at its peak, without what the process and its libraries take.
+
+    Within a quarter of what `trial.step_memory_gb` counts.
+    """
+    weights = growth.parameters(run.network, stage.resolution, run.data.channels) * 4
     micro = stage.micro_batch or stage.batch_size // stage.workers
-    width = 2 if run.training.precision == "bfloat16" else 4
-    # D keeps the maps of three forwards; the penalty's double backward keeps as much again
-    maps = growth.activation_floats(run.network, stage.resolution) * micro * width * 3 * 4
-    return STEP_MEMORY * (weights + maps) / 1e9
+    width = 2 if run.format_of(stage)[0] == "bfloat16" else 4
+    maps = _maps_at_the_peak(run, stage.resolution) * micro * width
+    return (WEIGHTS_KEPT * weights + MAPS_KEPT * maps) / 1e9
+
+
+def _maps_at_the_peak(run: Run, resolution: int) -> int:
+    """Floats of D's feature maps of one image: all before the backward, or what it makes again for one block."""
+    floats = {size: growth.channels(run.network, size) * size**2 for size in growth.resolutions(resolution)}
+    maps = {size: own + growth.channels(run.network, max(4, size // 2)) * size**2 for size, own in floats.items()}
+    again = [size for size in floats if 0 < run.training.recompute_from <= size]  # these keep their input alone
+    before = sum(floats[size] if size in again else maps[size] for size in floats)
+    return max(before, *(maps[size] + sum(floats[later] for later in again if later >= size) for size in again), 0)
 
 
 def macs_per_image(run: Run, resolution: int) -> int:
@@ -179,6 +214,7 @@ def table(run: Run, plan: Plan, measured: dict[int, float]) -> list[dict[str, An
             "resolution": stage.resolution, "batch_size": stage.batch_size, "learning_rate": stage.learning_rate,
             "workers": stage.workers, "most_workers": stage.batch_size // growth.group_size(stage.batch_size),
             "micro_batch": stage.micro_batch, "threads": stage.threads, "device": device,
+            "precision": run.format_of(stage)[0],
             "fade_images": stage.fade_images if index else 0, "hold_images": stage.hold_images, "left": left,
             "memory_gb": memory_gb(run, stage), "hours": left / rate / 3600, "measured": stage.resolution in measured,
             "state": "done" if not left else "from the middle" if left < last - first else "to run"})

@@ -23,6 +23,7 @@ from gradine.pipeline.group import Group
 from gradine.pipeline.places import refuse_unplaceable
 from gradine.pipeline.run_dir import warn
 from gradine.stages import growth
+from gradine.stages.formats import chosen, measure
 from gradine.stages.memory import allocator_error, smaller_micro_batch
 from gradine.stages.store import is_remote
 from gradine.stages.trial import surroundings, trial
@@ -136,7 +137,11 @@ def tried(run: Run, index: int) -> tuple[list[dict[str, float]], str, float, int
     group = Group(run, index)
     try:
         room, sharing = room_of(group, run, index)
-        return group.call(trial, group.run, index), "", room, sharing
+        run = group.run
+        if run.is_open(run.stages[index]):  # as a run has it measured by these very workers, before its first step
+            choice, _, _ = chosen(group.call(measured_format, run, index)[0][0])
+            run = run.with_format(index, *choice)
+        return group.call(trial, run, index), "", room, sharing
     except Exception as error:
         if reason := shortage(error) or shortage(death_behind(group, error)):
             return [], reason, room, sharing
@@ -146,6 +151,11 @@ def tried(run: Run, index: int) -> tuple[list[dict[str, float]], str, float, int
         raise EnvironmentFault(f"stage {resolution}px: its first step failed: {one_line(error)}") from error
     finally:
         group.end()
+
+
+def measured_format(run: Run, index: int) -> list[dict[str, Any]]:
+    """In a worker: rank 0's answer holds one event."""
+    return [*measure(run, index)]
 
 
 def shortage(error: Exception) -> str:

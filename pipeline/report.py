@@ -299,7 +299,7 @@ def _figure(log: bool) -> tuple[Figure, Axes]:
 
 def _finite(ticks: list[Line], name: str, positive: bool) -> tuple[np.ndarray, np.ndarray]:
     x = np.array([tick["images_seen"] for tick in ticks], float)
-    y = np.array([tick[name] for tick in ticks], float)
+    y = np.array([tick.get(name) for tick in ticks], float)
     keep = np.isfinite(y) & ((y > 0) | (not positive))
     return x[keep], y[keep]
 

@@ -118,8 +118,10 @@ class Session:
         An EnvironmentFault of a worker is not retried.
         """
         group = self.join_group(index)
+        self.settle_format(index, group)
         self.folder.record("stage_start", resolution=self.run.stages[index].resolution, workers=group.count,
                            images_seen=start.images_seen if start else 0)
+        self.shown.say(f"{self.run.stages[index].resolution:>5}px {shares_of_cores(self.run, index, group.count)}")
         initial = str(self.folder.initial) if self.folder.initial.exists() else None
         if self.run.evaluation.when != "end":  # also of a stage whose end was written, but not heard of
             self.evaluations.start_missing()
@@ -137,6 +139,28 @@ class Session:
             self.folder.record("resume", images_seen=final.images_seen, start=final.name,
                                reason="there is room for more workers", term=self.term.number)
         return final
+
+    def settle_format(self, index: int, group: Group) -> None:
+        """What is open of a stage's format is measured by its workers, and kept: it is part of what is computed."""
+        from gradine.stages.formats import chosen
+
+        stage, found = self.run.stages[index], None
+        if not self.run.is_open(stage):
+            return
+        run = planning.with_workers(self.run, index, group.count)
+        with self.signals.gently():
+            for event in group.formats(run, index, str(self.folder.path), idle=self.look_around):
+                found = event if event["event"] == "formats" else found
+        if found is None and self.signals.asked:
+            raise Stopped(self.signals.asked)
+        if found is None:
+            raise NodeLeaves("a worker was asked to stop (SIGTERM): its node may be going away")
+        choice, seconds, reason = chosen(found)
+        self.run = self.run.with_format(index, *choice)
+        keep_settings(self.run, self.folder)
+        self.folder.record("format", resolution=stage.resolution, precision=choice.precision,
+                           channels_last=choice.channels_last, seconds=seconds, reason=reason)
+        self.shown.say(f"{stage.resolution:>5}px {choice} ({reason})")
 
     def take(self, event: dict[str, Any]) -> Checkpoint | None:
         """Records and shows an event of the stage; the checkpoint, if it is of one."""
@@ -329,6 +353,16 @@ class Session:
         for line in damaged:
             self.shown.say(f"passed over: {line}", "yellow")
         return newest[0] if newest else None
+
+
+def shares_of_cores(run: Run, index: int, workers: int) -> str:
+    """`2 workers x 1 thread for steps, as many for decoding, which yield to them; evaluation beside it on ...`."""
+    stage, evaluation = run.stages[index], run.evaluation
+    many = "s" * (stage.threads > 1)
+    place = f"{evaluation.gpus:g} GPU" if evaluation.gpus else f"{evaluation.cpus:g} niced CPU"
+    beside = "after training" if evaluation.when == "end" else f"beside it on {place}"
+    return (f"{workers} worker{'s' * (workers > 1)} x {stage.threads} thread{many} for steps, as many for decoding, "
+            f"which yield to them; evaluation {beside}")
 
 
 def keep_settings(run: Run, folder: RunDir) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import queue
 import re
+import sys
 import tarfile
 import threading
 import time
@@ -37,6 +38,7 @@ from gradine.stages.step import Share
 from gradine.stages.store import Store
 
 T = TypeVar("T")
+NICE = 10  # of decode threads: about a tenth of a core that a step also wants, all of one that waits for data
 
 
 def level_folder(shards: str | Path, resolution: int) -> str:
@@ -77,6 +79,12 @@ def data_digest(data: Data, resolution: int) -> str:
     return hashlib.sha256("".join(s["sha256"] for s in read_index(data, resolution)["shards"]).encode()).hexdigest()
 
 
+def yield_cores() -> None:
+    """The calling thread from now on has the cores' spare time: decoding ahead must not hold up a step under way."""
+    if sys.platform == "linux":  # where each thread has a niceness of its own
+        os.nice(NICE)
+
+
 class Images:
     """One resolution's images by sample id, 0..len-1 in the order of shards and of members inside them."""
 
@@ -93,8 +101,8 @@ class Images:
         self._first = np.cumsum((0, *self.counts[:-1]))
         self._members: dict[int, np.ndarray] = {}  # shard -> offset and bytes of each image, once it is verified
         self._locks = [threading.Lock() for _ in self.shards]
-        self._pool = ThreadPoolExecutor(decode_threads, "decode")
-        self._ahead = ThreadPoolExecutor(1, "ahead")
+        self._pool = ThreadPoolExecutor(decode_threads, "decode", yield_cores)
+        self._ahead = ThreadPoolExecutor(1, "ahead", yield_cores)
         self._asked: list[int] = []
         self._pixels: np.ndarray | None = None  # the mapped cache
         self.decoding_s = 0.0  # of work in a decode thread, or all of them if they share it

@@ -136,7 +136,7 @@ def resolutions(final: int) -> Iterator[int]:
 
 @lru_cache
 def macs_per_image(network: Network, resolution: int, image_channels: int = 3) -> int:
-    """Multiply-accumulates of one generator forward; the discriminator's is about equal."""
+    """Multiply-accumulates of one generator forward as the paper writes it; the discriminator's is about equal."""
     width = channels(network, 4)
     total = network.latent_size * width * 16 + width * width * 9 * 16
     for size in list(resolutions(resolution))[1:]:
@@ -153,11 +153,6 @@ def parameters(network: Network, resolution: int, image_channels: int = 3) -> in
         older, width = width, channels(network, size)
         total += (older + width) * width * 9 + 2 * width
     return total + (width + 1) * image_channels
-
-
-def activation_floats(network: Network, resolution: int) -> int:
-    """Floats one image's feature maps hold in one forward through one network: two convolutions a block."""
-    return sum(2 * channels(network, size) * size * size for size in resolutions(resolution))
 
 
 def images_between(phases: Sequence[Phase], start: int, end: int, stage: int) -> int:

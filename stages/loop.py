@@ -26,12 +26,13 @@ from gradine.configs.schema import EnvironmentFault, Run
 from gradine.stages import checkpoint, commits, growth
 from gradine.stages.checkpoint import Saver
 from gradine.stages.commits import Term, location_of
+from gradine.stages.compiling import compiled
 from gradine.stages.data import Images, batches, data_digest, prefetch
 from gradine.stages.losses import penalty_divisor
-from gradine.stages.memory import out_of_memory_named
-from gradine.stages.networks import Discriminator, Generator, initialise
+from gradine.stages.memory import forget, out_of_memory_named
+from gradine.stages.networks import Discriminator, Generator, initialise, recompute
 from gradine.stages.pulse import PULSE_S, Pulse
-from gradine.stages.step import Rules, TrainState, new_adam, train_step
+from gradine.stages.step import Objectives, Rules, TrainState, new_adam, train_step
 from gradine.stages.stopping import StopFlag, asked, listening
 from gradine.stages.watch import Alarms, Watch
 
@@ -46,6 +47,7 @@ def run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial:
     start: a checkpoint inside this stage (goes on exactly there), or at the end of the stage before (grows), or None
     for the first stage. initial: a checkpoint of another run, whose weights new layers take where names match.
     term: the right to commit, and the ranges of images whose steps update nothing.
+    A format that is still open is float32, contiguous: whoever wants the fastest has it measured before (formats.py).
     Yields events, JSON-ready, as they happen: `note`, `tick`, `alarm`, `checkpoint`, `save_failed`, `save_left_out`,
     and at last `stage_end` or, after a SIGTERM to any rank, `stopped`. Ranks above 0 yield none of these.
     pulses: every rank also yields, at most once a second, a `pulse` (pulse.py).
@@ -67,6 +69,9 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
     accelerator = new_accelerator(setting.gpus == 0, setting.workers)
     torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.workers))
     torch.use_deterministic_algorithms(run.training.deterministic)
+    precision, channels_last = run.format_of(setting)
+    rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution), precision)
+    forget(accelerator.device)  # the stage before it in this process
     state = initial_state(run, stage, start, accelerator.device, initial)
     workers = accelerator.num_processes
     pulse = Pulse(pulses, setting.batch_size, state.images_seen, device=accelerator.device.type == "cuda")
@@ -75,10 +80,12 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
     refuse_unequal_starts(accelerator, state)
     pulse.at("setup")
     reduce = pulse.without(functools.partial(accelerator.reduce, reduction="sum")) if workers > 1 else None
-    rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution))
+    objectives, note = compiled(run, stage, state, rules) if run.training.compile else (Objectives(), "")
     info = {"resolution": setting.resolution, "data": data_digest(run.data, setting.resolution),
             "skipped": term.skipped, "workers": workers, "micro_batch": setting.micro_batch,
-            "threads": torch.get_num_threads()}
+            "threads": torch.get_num_threads(), "channels_last": bool(channels_last),
+            "precision": "bfloat16" if rules.dtype == torch.bfloat16 else "float32"}
+    newest: dict[str, Tensor] = {}  # of each figure, for not every step has all of them
     end, last_saved = schedule.stage_span(stage)[1], state.images_seen
     watch, alarms = Watch(setting.batch_size, state.images_seen, state.masked.tolist()), Alarms.of(run, stage)
     with ExitStack() as opened:
@@ -94,7 +101,8 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
             opened.enter_context(closing(saver))
         clock.seconds["setup"] = time.perf_counter() - clock.started
         if saver:
-            yield from ({"event": "note", "resolution": setting.resolution, "text": note} for note in images.notes)
+            yield from ({"event": "note", "resolution": setting.resolution, "text": text}
+                        for text in (*images.notes, note) if text)
         while state.images_seen < end and not stop.agreed():
             moment = growth.at(schedule, state.images_seen)
             if moment.starts_phase:
@@ -108,17 +116,17 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
                     state.images_seen += moment.phase.batch_size
                     seen = {}
                 else:
-                    seen = train_step(state, shares, moment, rules, reduce)
+                    seen = newest = {**newest, **train_step(state, shares, moment, rules, reduce, objectives)}
             before, now = moment.images_seen, state.images_seen
             clock.images_seen = now
             tick = run.tick_images or max(1, moment.phase.images // TICKS_PER_PHASE)
             if before // tick != now // tick or now in (moment.phase.end, end):  # on every rank: sums over all of them
                 with clock.measure("log"):
                     pulse.at("log")
-                    seen["non_finite"] = non_finite_count(state)
+                    counted = {**seen, "non_finite": non_finite_count(state)}
                     pulse.at("reduce")
-                    summed = accelerator.reduce(torch.stack(list(seen.values())), reduction="sum")
-                    figures = dict(zip(seen, summed.tolist(), strict=True))
+                    summed = accelerator.reduce(torch.stack(list(counted.values())), reduction="sum")
+                    figures = dict(zip(counted, summed.tolist(), strict=True))
                     masked = state.masked.tolist()
                     watch.look(now, masked, math.ceil(figures.pop("non_finite") / workers))
                 if accelerator.is_main_process and figures:  # none inside a range that is skipped
@@ -192,11 +200,12 @@ def peak_memory_mb(device: torch.device) -> float:
 def initial_state(run: Run, stage: int, start: str | None, device: torch.device, initial: str | None) -> TrainState:
     """Fresh networks, then `initial`'s weights, then `start`'s: all of its state if it lies inside this stage."""
     resolution, fades = run.stages[stage].resolution, stage > 0
-    layout = torch.channels_last if run.training.channels_last else torch.contiguous_format
+    layout = torch.channels_last if run.format_of(run.stages[stage])[1] else torch.contiguous_format
     nets = [cls(run.network, resolution, fades, run.data.channels) for cls in (Generator, Discriminator, Generator)]
     for net, role in zip(nets, ("generator", "discriminator", "generator"), strict=True):
         initialise(net, run.training.seed, role)
         net.to(device, memory_format=layout)  # type: ignore[call-overload]
+        recompute(net, run.training.recompute_from)
     generator, discriminator, average = nets
     average.requires_grad_(False)
     state = TrainState(generator, discriminator, average, new_adam(generator, run),  # type: ignore[arg-type]

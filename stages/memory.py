@@ -1,4 +1,4 @@
-"""Memory that runs out: which errors say so, how much there is, and the next smaller micro-batch.
+"""Memory that runs out: which errors say so, how much there is and is taken, and the next smaller micro-batch.
 
 A smaller micro-batch costs time and changes nothing else: the global batch and its stddev groups stay whole (growth).
 GB are 1e9 bytes.
@@ -6,13 +6,18 @@ GB are 1e9 bytes.
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gradine.configs.schema import EnvironmentFault, Stage
 from gradine.stages import growth
@@ -24,6 +29,40 @@ ALLOCATORS_SAY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAlloc
 # Nothing but these words: oneDNN, seen where it found no memory for a kernel's code; a failed `new` inside torch.
 # With more words ("... primitive descriptor for ...") oneDNN means something else.
 NOTHING_BUT = ("could not create a primitive", "std::bad_alloc")
+
+
+BLOCK = 512  # bytes: what CUDA's allocator rounds up to
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside its `with`: the bytes of all storages made there and still alive, as CUDA's allocator counts them.
+
+    Counts tensors without data (FakeTensorMode) like others. What a kernel takes for itself while it runs is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **kwargs or {})
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor):
+                self.count(made.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        where, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
+        if where not in self.known:
+            self.known.add(where)
+            weakref.finalize(storage, self.forget, where, size)
+            self.held += size
+            self.peak = max(self.peak, self.held)
+
+    def forget(self, where: int, size: int) -> None:
+        self.known.remove(where)
+        self.held -= size
 
 
 class OutOfMemory(RuntimeError):
@@ -114,3 +153,14 @@ def _address_space_room() -> float:
     except OSError:
         taken = 0
     return max(0.0, limit - taken)
+
+
+def forget(device: torch.device) -> None:
+    """Gives memory back that nothing holds, and forgets the peak: what comes next has one of its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # not Linux, or not allowed: the peak is then that of all the process did
+            Path("/proc/self/clear_refs").write_text("5")

@@ -4,20 +4,36 @@ Images are [N, image_channels, H, W] in [-1, 1], gray ones too pass `to_rgb` and
 [N, latent_size]. `alpha` is the weight of the newest block: 0 shows only the older blocks, 1 only the new one.
 A network owns exactly the layers its stage uses, named by resolution (`blocks.16`, `to_rgb.16`), so that growing is
 `load_state_dict(strict=False)`.
+
+Parameters are float32; a network computes in `dtype`, except for norms, stddev, blends, images and scores, which are
+float32 throughout. Every part of D also writes out its own derivative: `linearised(x)` gives its output y and `pull`,
+which turns d score / d y into d score / d x, for the LAST rows of x, as many as it is given. The gradient penalty needs
+that derivative as a function of the weights. Written out it takes one ordinary backward, where autograd of autograd
+would build what nobody asks for, and no compiler would follow.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gradine.configs.schema import Network
 from gradine.stages.growth import channels, group_size, random_seed, resolutions
 
 ROOT2 = math.sqrt(2)
+SLOPE = 0.2  # of the leaky relu
+Pull = Callable[[Tensor], Tensor]
+# Nearest upscale and a 3x3 convolution w are one transposed convolution of stride 2 with the 4x4 kernel
+# DOUBLING @ w @ DOUBLING.T: 4 multiplications an output instead of 9. A 3x3 convolution and the mean of 2x2 outputs are
+# one convolution of stride 2, its kernel the same turned around and divided by 4: 4 a pixel instead of 9.
+DOUBLING = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+DOUBLED_FROM = 16  # px; at 8 px making the kernel costs what it saves
 
 
 class EqualizedConv(nn.Module):
@@ -30,8 +46,46 @@ class EqualizedConv(nn.Module):
         self.scale = gain / math.sqrt(kernel * kernel * inputs)
         self.padding = kernel // 2
 
+    def scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight and bias as they are used: once for all uses in a pass."""
+        return (self.weight * self.scale).to(dtype), self.bias.to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight * self.scale, self.bias, padding=self.padding)
+        return F.conv2d(x, *self.scaled(x.dtype), padding=self.padding)
+
+
+class UpConv(EqualizedConv):
+    """[N, inputs, H, W] -> [N, outputs, 2H, 2W]: nearest upscale and 3x3 convolution as one."""
+
+    mixing: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3)
+        self.register_buffer("mixing", torch.kron(DOUBLING, DOUBLING), persistent=False)  # [16, 9]
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, inputs = self.weight.shape[:2]
+        mixing = (self.mixing * self.scale).expand(inputs, 16, 9)
+        kernel = mixing.bmm(self.weight.permute(1, 2, 3, 0).flatten(1, 2)).to(x.dtype)
+        kernel = kernel.view(inputs, 4, 4, outputs).permute(0, 3, 1, 2)
+        return F.conv_transpose2d(x, kernel, self.bias.to(x.dtype), stride=2, padding=1)
+
+
+class PooledConv(EqualizedConv):
+    """[N, inputs, 2H, 2W] -> [N, outputs, H, W]: 3x3 convolution and 2x2 mean as one, of stride 2 and padding 1."""
+
+    mixing: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3)
+        turned = DOUBLING.flip(0)
+        self.register_buffer("mixing", torch.kron(turned, turned), persistent=False)  # [16, 9]
+
+    def scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        outputs, inputs = self.weight.shape[:2]
+        mixing = (self.mixing * (self.scale / 4)).expand(outputs, 16, 9)
+        kernel = mixing.bmm(self.weight.permute(0, 2, 3, 1).flatten(1, 2)).to(dtype)
+        return kernel.view(outputs, 4, 4, inputs).permute(0, 3, 1, 2), self.bias.to(dtype)
 
 
 class EqualizedDense(nn.Module):
@@ -44,18 +98,74 @@ class EqualizedDense(nn.Module):
         self.scale = gain / math.sqrt(inputs)
         self.bias_repeats = bias_repeats
 
+    def scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return (self.weight * self.scale).to(dtype), self.bias.repeat_interleave(self.bias_repeats).to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.scale, self.bias.repeat_interleave(self.bias_repeats))
+        return F.linear(x, *self.scaled(x.dtype))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def activated(x: Tensor) -> Tensor:
+    """Leaky relu, in the place of `x`: a convolution's output, which its own backward does not need."""
+    return F.leaky_relu_(x, SLOPE)
+
+
+def pull_activated(gradient: Tensor, result: Tensor) -> Tensor:
+    """The gradient before a leaky relu, from that after it; `result` may hold more rows, of which it takes the last.
+
+    The slope's own derivative is zero almost everywhere, hence `detach`.
+    """
+    own = result.detach()[len(result) - len(gradient):]
+    return torch.ops.aten.leaky_relu_backward(gradient, own, SLOPE, True)
+
+
+class _PixelNorm(torch.autograd.Function):
+    """Keeps its output, not its input: half of what autograd would keep, and a third of the passes over it."""
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.rsqrt(length.square() / x.shape[1] + 1e-8).to(x.dtype)
+        return x * inverse, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        y, inverse = ctx.saved_tensors
+        wide = torch.promote_types(y.dtype, torch.float32)
+        along = (gradient * y).mean(dim=1, keepdim=True, dtype=wide).to(y.dtype)
+        return (gradient - y * along) * inverse
+
+
 def pixel_norm(x: Tensor) -> Tensor:
-    """Each pixel's (or latent's) vector to unit mean square over channels; the mean is taken in float32."""
-    mean_square = at_least_float32(x).square().mean(dim=1, keepdim=True)
-    return x * torch.rsqrt(mean_square + 1e-8).to(x.dtype)
+    """Each pixel's (or latent's) vector to unit mean square over channels; means are taken in float32."""
+    return _PixelNorm.apply(x)[0]
+
+
+def shows_older(alpha: float | Tensor) -> bool:
+    """At alpha 1 the older branch adds nothing and gets no gradient; a tensor's value is not asked: it may be far."""
+    return isinstance(alpha, Tensor) or alpha < 1
+
+
+def recomputed(block: Callable[..., Any], *inputs: Tensor) -> Any:
+    """block(*inputs), which keeps nothing for the backward but the inputs, and computes the rest once more there."""
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def recomputed_linearised(block: DownBlock, x: Tensor) -> tuple[Tensor, Pull]:
+    def pull(gradient: Tensor, own: Tensor) -> Tensor:
+        return block.linearised(own)[1](gradient)
+
+    y = recomputed(lambda own: block.linearised(own)[0], x)
+    return y, lambda gradient: recomputed(pull, gradient, x[len(x) - len(gradient):])
 
 
 def upscale(images: Tensor) -> Tensor:
@@ -68,19 +178,28 @@ def box_downscale(images: Tensor) -> Tensor:
     return F.avg_pool2d(images, 2)
 
 
-def minibatch_stddev(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C+1, H, W]: one scalar per strided group of 4, as the last channel (section 3).
+def minibatch_stddev(x: Tensor, sets: int = 1) -> tuple[Tensor, Pull]:
+    """[N, C, H, W] -> [N, C+1, H, W]: one scalar per strided group of 4, as the last channel (section 3); and its pull.
 
-    Raises ValueError where the group size does not divide N.
+    sets: minibatches that lie one after the other in x, each with groups of its own; the pull is that of the last.
+    Raises ValueError where the group size does not divide a minibatch.
     """
     batch, _, height, width = x.shape
+    batch //= sets
     size = group_size(batch)
     if batch % size:
         raise ValueError(f"minibatch stddev: a batch of {batch} does not split into groups of {size}.")
-    grouped = at_least_float32(x).view(size, batch // size, *x.shape[1:])
-    deviation = (grouped.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=(1, 2, 3))
-    extra = deviation.repeat(size).view(batch, 1, 1, 1).expand(batch, 1, height, width)
-    return torch.cat([x, extra.to(x.dtype)], dim=1)
+    grouped = at_least_float32(x).unflatten(0, (sets, size, batch // size))
+    centred = grouped - grouped.mean(dim=1, keepdim=True)
+    deviation = (centred.square().mean(dim=1, keepdim=True) + 1e-8).sqrt()
+    extra = deviation.mean(dim=(3, 4, 5), keepdim=True).expand(-1, size, -1, 1, height, width)
+
+    def pull(gradient: Tensor) -> Tensor:
+        of_groups = at_least_float32(gradient[:, -1:]).unflatten(0, (size, -1)).sum(dim=(0, 3, 4), keepdim=True)
+        slope = centred[-1] / deviation[-1] / (size * x[0].numel())  # of each group's scalar
+        return gradient[:, :-1] + (of_groups * slope).flatten(0, 1).to(gradient.dtype)
+
+    return torch.cat([x, extra.flatten(0, 2).to(x.dtype)], dim=1), pull
 
 
 class SeedBlock(nn.Module):
@@ -90,24 +209,26 @@ class SeedBlock(nn.Module):
         super().__init__()
         self.dense = EqualizedDense(latent_size, width * 16, gain=ROOT2 / 4, bias_repeats=16)
         self.conv = EqualizedConv(width, width, 3)
+        self.recomputes = False
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.dense(latents).unflatten(1, (-1, 4, 4))
-        x = pixel_norm(F.leaky_relu(x, 0.2))
-        return pixel_norm(F.leaky_relu(self.conv(x), 0.2))
+        return pixel_norm(activated(self.conv(pixel_norm(activated(x)))))
 
 
 class UpBlock(nn.Module):
     """[N, in, H, W] -> [N, out, 2H, 2W]: nearest upscale, two 3x3 convolutions."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, size: int) -> None:
+        """size: 2H."""
         super().__init__()
-        self.conv0 = EqualizedConv(inputs, outputs, 3)
+        self.conv0 = UpConv(inputs, outputs) if size >= DOUBLED_FROM else EqualizedConv(inputs, outputs, 3)
         self.conv1 = EqualizedConv(outputs, outputs, 3)
+        self.recomputes = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pixel_norm(F.leaky_relu(self.conv0(upscale(x)), 0.2))
-        return pixel_norm(F.leaky_relu(self.conv1(x), 0.2))
+        x = self.conv0(x if isinstance(self.conv0, UpConv) else upscale(x))
+        return pixel_norm(activated(self.conv1(pixel_norm(activated(x)))))
 
 
 class DownBlock(nn.Module):
@@ -116,14 +237,24 @@ class DownBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, pool_before_activation: bool) -> None:
         super().__init__()
         self.conv0 = EqualizedConv(inputs, inputs, 3)
-        self.conv1 = EqualizedConv(inputs, outputs, 3)
+        self.conv1 = PooledConv(inputs, outputs) if pool_before_activation else EqualizedConv(inputs, outputs, 3)
         self.pool_before_activation = pool_before_activation
+        self.recomputes = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(F.leaky_relu(self.conv0(x), 0.2))
-        if self.pool_before_activation:
-            return F.leaky_relu(box_downscale(x), 0.2)
-        return box_downscale(F.leaky_relu(x, 0.2))
+    def linearised(self, x: Tensor) -> tuple[Tensor, Pull]:
+        kernel0, bias0 = self.conv0.scaled(x.dtype)
+        kernel1, bias1 = self.conv1.scaled(x.dtype)
+        stride = 2 if self.pool_before_activation else 1
+        first = activated(F.conv2d(x, kernel0, bias0, padding=1))
+        second = activated(F.conv2d(first, kernel1, bias1, stride=stride, padding=1))
+
+        def pull(gradient: Tensor) -> Tensor:
+            if not self.pool_before_activation:
+                gradient = upscale(gradient / 4)
+            gradient = F.conv_transpose2d(pull_activated(gradient, second), kernel1, stride=stride, padding=1)
+            return F.conv_transpose2d(pull_activated(gradient, first), kernel0, padding=1)
+
+        return second if self.pool_before_activation else box_downscale(second), pull
 
 
 class ScoreBlock(nn.Module):
@@ -135,10 +266,22 @@ class ScoreBlock(nn.Module):
         self.dense0 = EqualizedDense(width * 16, hidden)
         self.dense1 = EqualizedDense(hidden, 1, gain=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.leaky_relu(self.conv(minibatch_stddev(x)), 0.2)
-        x = F.leaky_relu(self.dense0(x.flatten(1)), 0.2)
-        return at_least_float32(self.dense1(x).squeeze(1))
+    def linearised(self, x: Tensor, sets: int = 1) -> tuple[Tensor, Pull]:
+        kernel, bias = self.conv.scaled(x.dtype)
+        matrix0, bias0 = self.dense0.scaled(x.dtype)
+        matrix1, bias1 = self.dense1.scaled(x.dtype)
+        with_stddev, pull_stddev = minibatch_stddev(x, sets)
+        first = activated(F.conv2d(with_stddev, kernel, bias, padding=1))
+        second = activated(F.linear(first.flatten(1), matrix0, bias0))
+        scores = F.linear(second, matrix1, bias1).squeeze(1)
+
+        def pull(gradient: Tensor) -> Tensor:
+            """gradient: [n], of the sum whose gradient is asked for by each score."""
+            gradient = pull_activated(gradient[:, None].to(x.dtype) * matrix1, second)
+            gradient = pull_activated((gradient @ matrix0).view(-1, *first.shape[1:]), first)
+            return pull_stddev(F.conv_transpose2d(gradient, kernel, padding=1))
+
+        return at_least_float32(scores), pull
 
 
 class FromRGB(nn.Module):
@@ -148,8 +291,10 @@ class FromRGB(nn.Module):
         super().__init__()
         self.conv = EqualizedConv(image_channels, outputs, 1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return F.leaky_relu(self.conv(images), 0.2)
+    def linearised(self, images: Tensor) -> tuple[Tensor, Pull]:
+        kernel, bias = self.conv.scaled(images.dtype)
+        y = activated(F.conv2d(images, kernel, bias))
+        return y, lambda gradient: F.conv_transpose2d(pull_activated(gradient, y), kernel)
 
 
 class Generator(nn.Module):
@@ -162,19 +307,20 @@ class Generator(nn.Module):
         for size in resolutions(resolution):
             width = channels(network, size)
             self.blocks[str(size)] = (SeedBlock(network.latent_size, width) if size == 4
-                                      else UpBlock(channels(network, size // 2), width))
+                                      else UpBlock(channels(network, size // 2), width, size))
         sizes = [resolution // 2, resolution] if fades else [resolution]
         self.to_rgb = nn.ModuleDict({str(s): EqualizedConv(channels(network, s), image_channels, 1, gain=1)
                                      for s in sizes})
 
-    def forward(self, latents: Tensor, alpha: float = 1.0) -> Tensor:
-        x = older = pixel_norm(latents)
+    def forward(self, latents: Tensor, alpha: float | Tensor = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: what the convolutions compute in; None: what the latents are in."""
+        x = older = pixel_norm(latents).to(dtype or latents.dtype)
         for block in self.blocks.values():
-            older, x = x, block(x)
+            older, x = x, recomputed(block, x) if block.recomputes else block(x)
         *faded, newest = self.to_rgb.values()
         images = at_least_float32(newest(x))
-        for to_rgb in faded:  # none, or the one older to-RGB
-            images = torch.lerp(upscale(at_least_float32(to_rgb(older))), images, alpha)
+        if faded and shows_older(alpha):
+            images = torch.lerp(upscale(at_least_float32(faded[0](older))), images, alpha)
         return images
 
 
@@ -193,16 +339,39 @@ class Discriminator(nn.Module):
             else:
                 self.blocks[str(size)] = DownBlock(width, channels(network, size // 2), network.pool_before_activation)
 
-    def forward(self, images: Tensor, alpha: float = 1.0) -> Tensor:
-        *faded, newest = self.from_rgb.values()
-        first, *rest = self.blocks.values()
-        x = first(newest(images))
-        for from_rgb in faded:
-            older = from_rgb(box_downscale(images))
-            x = torch.lerp(at_least_float32(older), at_least_float32(x), alpha).to(x.dtype)
-        for block in rest:
-            x = block(x)
-        return x
+    def forward(self, images: Tensor, alpha: float | Tensor = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: what the convolutions compute in; None: what the images are in."""
+        return self.linearised(images, alpha, dtype)[0]
+
+    def linearised(self, images: Tensor, alpha: float | Tensor = 1.0, dtype: torch.dtype | None = None,
+                   sets: int = 1) -> tuple[Tensor, Pull]:
+        """Scores; and what turns n weights into the gradient, by image, of the weighted sum of the last n scores.
+
+        sets: minibatches that lie one after the other in `images`, each with stddev groups of its own.
+        """
+        *older, newest = cast("list[FromRGB]", [*self.from_rgb.values()])
+        *down, score = cast("Any", self.blocks.values())
+        faded = older if shows_older(alpha) else []
+        x, pull_newest = newest.linearised(images.to(dtype or images.dtype))
+        pulls: list[Pull] = []
+        for block in down:
+            x, pull_block = recomputed_linearised(block, x) if block.recomputes else block.linearised(x)
+            pulls.append(pull_block)
+            if faded and len(pulls) == 1:
+                of_older, pull_older = faded[0].linearised(box_downscale(images).to(x.dtype))
+                x = torch.lerp(at_least_float32(of_older), at_least_float32(x), alpha).to(x.dtype)
+        scores, pull_scores = score.linearised(x, sets)
+
+        def pull(weights: Tensor) -> Tensor:
+            gradient = pull_scores(weights)
+            for pull_block in reversed(pulls[1:]):
+                gradient = pull_block(gradient)
+            if not faded:
+                return at_least_float32(pull_newest(pulls[0](gradient) if pulls else gradient))
+            by_newest = at_least_float32(pull_newest(pulls[0](gradient * alpha)))
+            return by_newest + upscale(at_least_float32(pull_older(gradient * (1 - alpha))) / 4)
+
+        return scores, pull
 
 
 @torch.no_grad()
@@ -214,3 +383,9 @@ def initialise(network: nn.Module, seed: int, role: str) -> None:
         else:
             source = torch.Generator().manual_seed(random_seed(seed, f"init/{role}/{name}"))
             parameter.copy_(torch.randn(parameter.shape, generator=source))
+
+
+def recompute(network: nn.Module, resolution: int) -> None:
+    """Has the blocks from `resolution` on recompute their feature maps in the backward; 0: none."""
+    for size, block in network.blocks.items():  # type: ignore[operator, union-attr]
+        block.recomputes = 0 < resolution <= int(size)

@@ -8,7 +8,9 @@ as detached tensors, and whoever logs them decides when to read them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from gradine.configs.schema import Run
 from gradine.stages.growth import Moment
 from gradine.stages.losses import critic_loss, generator_loss, gradient_norm, gradient_penalty
-from gradine.stages.networks import Discriminator, Generator, box_downscale, upscale
+from gradine.stages.networks import Discriminator, Generator, box_downscale, shows_older, upscale
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -61,7 +63,7 @@ class Rules:
     penalty_divisor: int
     drift: float
     average_decay: float  # per step: 0.5 ** (batch / half-life)
-    autocast: torch.dtype | None  # the convolutions' precision; None: float32 throughout
+    dtype: torch.dtype  # what convolutions are computed in
     penalty_every: int = 1  # steps from one penalty to the next, whose weight grows as much
 
     @staticmethod
@@ -70,7 +72,7 @@ class Rules:
         t = run.training
         return Rules(t.penalty_weight, t.penalty_target, penalty_divisor, t.drift,
                      0.5 ** (batch_size / t.average_half_life),
-                     torch.bfloat16 if (precision or t.precision) == "bfloat16" else None, t.penalty_every)
+                     torch.bfloat16 if (precision or t.precision) == "bfloat16" else torch.float32, t.penalty_every)
 
 
 def new_adam(network: nn.Module, run: Run) -> torch.optim.Adam:
@@ -79,67 +81,100 @@ def new_adam(network: nn.Module, run: Run) -> torch.optim.Adam:
     return torch.optim.Adam(network.parameters(), lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
-def prepare_reals(pixels: Tensor, mirrored: Tensor, alpha: float) -> Tensor:
+def prepare_reals(pixels: Tensor, mirrored: Tensor, alpha: float | Tensor) -> Tensor:
     """uint8 [n, C, R, R] -> float in [-1, 1], flipped where asked, faded like the networks' view of the images.
 
     The result has one memory layout whatever that of `pixels`: the kernels that follow, hence the bits, depend on it.
     """
     images = pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
     images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-    return torch.lerp(upscale(box_downscale(images)), images, alpha) if alpha < 1 else images
+    return torch.lerp(upscale(box_downscale(images)), images, alpha) if shows_older(alpha) else images
 
 
-def critic_objective(state: TrainState, share: Share, alpha: float, rules: Rules) -> tuple[Tensor, dict[str, Tensor]]:
-    """D's loss summed over the share's rows, and sums of what one wants to see."""
-    reals = prepare_reals(share.reals, share.mirrored, alpha)
-    with torch.no_grad():
-        fakes = state.generator(share.critic_latents, alpha)
-    real_scores = state.discriminator(reals, alpha)
-    fake_scores = state.discriminator(fakes, alpha)
-    mixed = torch.lerp(reals, fakes, share.mix.view(-1, 1, 1, 1))
-    norm = gradient_norm(lambda images: state.discriminator(images, alpha), mixed) / rules.penalty_divisor
-    penalty = gradient_penalty(norm, rules.penalty_weight, rules.penalty_target)
-    loss = (critic_loss(real_scores, fake_scores, rules.drift) + penalty).sum()
-    seen = {"loss_d": loss, "score_real": real_scores.sum(), "score_fake": fake_scores.sum(),
-            "penalty": penalty.sum(), "gradient_norm": norm.sum()}
-    return loss, seen
+def critic_objective(state: TrainState, share: Share, alpha: float | Tensor, rules: Rules,
+                     penalised: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """D's loss summed over the share's rows, and sums of what one wants to see.
+
+    Reals, fakes and what lies between them pass D as one batch, so that its weights are scaled, and read, once.
+    """
+    with labelled("reals"):
+        reals = prepare_reals(share.reals, share.mirrored, alpha)
+    with torch.no_grad(), labelled("generator forward"):
+        fakes = state.generator(share.critic_latents, alpha, rules.dtype)
+    images = [reals, fakes]
+    if penalised:
+        images.append(torch.lerp(reals, fakes, share.mix.view(-1, 1, 1, 1)))
+    with labelled("discriminator forward"):
+        scores, pull = state.discriminator.linearised(torch.cat(images), alpha, rules.dtype, sets=len(images))
+        real_scores, fake_scores = scores.chunk(len(images))[:2]
+    losses = critic_loss(real_scores, fake_scores, rules.drift)
+    seen = {"score_real": real_scores.sum(), "score_fake": fake_scores.sum()}
+    if penalised:
+        with labelled("penalty"):
+            norm = gradient_norm(pull(torch.ones_like(real_scores))) / rules.penalty_divisor
+            penalty = gradient_penalty(norm, rules.penalty_weight, rules.penalty_target)
+        losses = losses + rules.penalty_every * penalty
+        seen |= {"penalty": penalty.sum(), "gradient_norm": norm.sum()}
+    loss = losses.sum()
+    return loss, {"loss_d": loss, **seen}
 
 
-def generator_objective(state: TrainState, share: Share, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
+def generator_objective(state: TrainState, share: Share, alpha: float | Tensor,
+                        rules: Rules) -> tuple[Tensor, dict[str, Tensor]]:
     """G's loss summed over the share's rows."""
-    loss = generator_loss(state.discriminator(state.generator(share.generator_latents, alpha), alpha)).sum()
+    with labelled("generator forward"):
+        fakes = state.generator(share.generator_latents, alpha, rules.dtype)
+    with labelled("discriminator forward"):
+        loss = generator_loss(state.discriminator(fakes, alpha, rules.dtype)).sum()
     return loss, {"loss_g": loss}
 
 
+@dataclass(frozen=True)
+class Objectives:
+    """What the two updates minimise: as written above, or compiled (compiling.py)."""
+
+    critic: Callable[[TrainState, Share, float, Rules, bool], tuple[Tensor, dict[str, Tensor]]] = critic_objective
+    generator: Callable[[TrainState, Share, float, Rules], tuple[Tensor, dict[str, Tensor]]] = generator_objective
+
+
 def train_step(state: TrainState, shares: list[Share], moment: Moment, rules: Rules,
-               reduce: Reduce | None = None) -> dict[str, Tensor]:
+               reduce: Reduce | None = None, objectives: Objectives = Objectives()) -> dict[str, Tensor]:
     """Updates `state` by one step at `moment`; returns this worker's part of the batch means, detached.
 
     `reduce` sums a tensor over all workers; None: there is but one.
     """
     batch, alpha = moment.phase.batch_size, moment.alpha
+    penalised = (moment.images_seen - moment.phase.start) // batch % rules.penalty_every == 0
     seen: dict[str, Tensor] = {}
 
     def accumulate(network: nn.Module, objective: Callable[[Share], tuple[Tensor, dict[str, Tensor]]]) -> None:
         network.zero_grad(set_to_none=True)
+        parameters = list(network.parameters())
         for share in shares:
-            with torch.autocast(share.mix.device.type, rules.autocast, enabled=rules.autocast is not None):
-                loss, figures = objective(share)
-            # gradients of this network only: those of the other player are neither computed nor kept
-            (loss / batch).backward(inputs=list(network.parameters()))
+            loss, figures = objective(share)
+            with labelled("backward"):  # of this network only: the other's gradients are neither computed nor kept
+                (loss / batch).backward(inputs=parameters)
             for name, figure in figures.items():
                 seen[name] = seen.get(name, 0) + figure.detach() / batch
+        for parameter in parameters:  # of the older branch, once the newer alone is seen
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         if reduce:
             reduce_gradients(network, reduce)
 
-    accumulate(state.discriminator, lambda share: critic_objective(state, share, alpha, rules))
+    accumulate(state.discriminator, lambda share: objectives.critic(state, share, alpha, rules, penalised))
     finite_d = masked_update(state.discriminator_adam, moment.learning_rate)
-    accumulate(state.generator, lambda share: generator_objective(state, share, alpha))
+    accumulate(state.generator, lambda share: objectives.generator(state, share, alpha, rules))
     finite_g = masked_update(state.generator_adam, moment.learning_rate)
     update_average(state.average, state.generator, (1 - rules.average_decay) * finite_g)
     state.masked += 1 - torch.stack([finite_d, finite_g])
     state.images_seen += batch
     return seen
+
+
+def labelled(name: str) -> AbstractContextManager[Any]:
+    """What a profiler calls this part of a step; compilers have labels of their own."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.profiler.record_function(name)
 
 
 def reduce_gradients(network: nn.Module, reduce: Reduce) -> None:
@@ -160,20 +195,28 @@ def masked_update(adam: torch.optim.Adam, learning_rate: float) -> Tensor:
     Gradients are already reduced, hence equal on all workers, and so is the decision.
     """
     gradients = [p.grad for group in adam.param_groups for p in group["params"] if p.grad is not None]
-    largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-    finite = torch.isfinite(largest).to(torch.float32)
-    for group in adam.param_groups:
-        group["lr"] = learning_rate
-    adam.found_inf = 1 - finite  # type: ignore[attr-defined]  # the fused kernels' own switch, as loss scalers use it
-    adam.step()
+    with labelled("optimizer"):
+        finite = torch.isfinite(largest_entry(gradients)).to(torch.float32)
+        for group in adam.param_groups:
+            group["lr"] = learning_rate
+        adam.found_inf = 1 - finite  # type: ignore[attr-defined]  # the fused kernels' own switch, as loss scalers use
+        adam.step()
     return finite
+
+
+def largest_entry(tensors: list[Tensor]) -> Tensor:
+    """Its absolute value; NaN or infinity if any tensor holds one."""
+    if tensors[0].is_cuda:
+        return torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))  # all of them in one kernel
+    return torch.stack([tensor.abs().amax() for tensor in tensors]).amax()  # on CPUs twenty times as fast
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, weight: Tensor) -> None:
     """average += weight * (network - average); weight 0 changes nothing."""
-    for mean, parameter in zip(average.parameters(), network.parameters(), strict=True):
-        mean.lerp_(parameter, weight)
+    with labelled("average"):
+        for mean, parameter in zip(average.parameters(), network.parameters(), strict=True):
+            mean.lerp_(parameter, weight)
 
 
 def non_finite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:

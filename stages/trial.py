@@ -6,6 +6,7 @@ For `gradine preflight`. State, rules and reduction are those of `loop.run_stage
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import socket
 import statistics
@@ -14,16 +15,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradine.configs.schema import Run
 from gradine.stages import checkpoint, growth
 from gradine.stages.loop import initial_state, new_accelerator, peak_memory_mb
 from gradine.stages.losses import penalty_divisor
-from gradine.stages.memory import out_of_memory_named, room_gb
-from gradine.stages.step import Reduce, Rules, Share, TrainState, train_step
+from gradine.stages.memory import LiveBytes, out_of_memory_named, room_gb
+from gradine.stages.networks import Discriminator, Generator, recompute
+from gradine.stages.step import Reduce, Rules, Share, TrainState, new_adam, train_step
 
 CPU = torch.device("cpu")
-REPEAT_S = 4.0  # time for up to four more steps: the median of short ones, one alone of long ones
+REPEAT_S, MOST_REPEATS = 4.0, 50  # of the steps after the first: the median of short ones, one alone of long ones
+COPIES_TO_WRITE = 2  # of the file that a save is at, beside the copied state: each tensor's bytes, then all in one
 
 
 def surroundings(run: Run, stage: int) -> dict[str, Any]:
@@ -35,6 +40,7 @@ def surroundings(run: Run, stage: int) -> dict[str, Any]:
 def trial(run: Run, stage: int) -> dict[str, float]:
     """`seconds` of a step after the first, the process's peak `memory_mb`, `gpu_mb` (0 on a CPU), `checkpoint_bytes`.
 
+    The step is the mean over the stage's images: in a fade it takes longer than after it.
     In a process that did nothing else before: its peak is this stage's. Raises OutOfMemory, and EnvironmentFault where
     the worker is not what the stage asks for.
     """
@@ -46,18 +52,47 @@ def trial(run: Run, stage: int) -> dict[str, float]:
         device, workers = accelerator.device, accelerator.num_processes
         state = initial_state(run, stage, None, device, None)
         reduce = functools.partial(accelerator.reduce, reduction="sum") if workers > 1 else None
-        rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution))
-        moment = first_moment(run, stage)
+        precision, _ = run.format_of(setting)
+        rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution), precision)
+        phases = moments(run, stage)
         shares = [share.to(device) for share in noise(run, stage, accelerator.process_index, workers)]
-        train_step(state, shares, moment, rules, reduce)  # untimed: what it allocates stays
+        train_step(state, shares, phases[0][0], rules, reduce)  # untimed: what it allocates stays
         saved = checkpoint.tensors_of(state, copy=run.checkpoints.background)  # as while a save is written beside it
-        times = [timed_step(state, shares, moment, rules, reduce)]
-        mean = accelerator.reduce(torch.tensor(times[0], device=device), reduction="mean").item()  # all repeat alike
-        times += [timed_step(state, shares, moment, rules, reduce) for _ in range(int(min(4, REPEAT_S / mean)))]
-        size = sum(tensor.nbytes for part in saved.values() for tensor in part.values())
+
+        def once() -> list[float]:
+            return [timed_step(state, shares, moment, rules, reduce) for moment, _ in phases]
+
+        rounds = [once()]
+        mean = accelerator.reduce(torch.tensor(sum(rounds[0]), device=device), reduction="mean").item()  # all do alike
+        rounds += [once() for _ in range(int(min(MOST_REPEATS, REPEAT_S / mean)))]
+        typical, images = [statistics.median(times) for times in zip(*rounds, strict=True)], [n for _, n in phases]
+        sizes = [sum(tensor.nbytes for tensor in part.values()) for part in saved.values()]
+        memory_mb = peak_memory_mb(CPU) + run.checkpoints.background * COPIES_TO_WRITE * max(sizes) / 1e6
         gpu_mb = peak_memory_mb(device) if device.type == "cuda" else 0.0
-        return {"seconds": statistics.median(times), "memory_mb": peak_memory_mb(CPU), "gpu_mb": gpu_mb,
-                "checkpoint_bytes": size}
+        return {"seconds": sum(map(operator.mul, typical, images)) / sum(images), "memory_mb": memory_mb,
+                "gpu_mb": gpu_mb, "checkpoint_bytes": sum(sizes)}
+
+
+def step_memory_gb(run: Run, stage: int) -> float:
+    """GB of device memory at the peak of a worker's step, as a GPU's allocator counts it; nothing is computed.
+
+    Not in it: what kernels take for themselves while they run (cuDNN's workspaces), the CUDA context, and the
+    allocator's own rounding of large blocks. Counted after a step, so that gradients and moments are there.
+    """
+    setting = run.stages[stage]
+    sizes = run.network, setting.resolution, stage > 0, run.data.channels
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        generator, discriminator, average = Generator(*sizes), Discriminator(*sizes), Generator(*sizes)
+        recompute(generator, run.training.recompute_from)
+        recompute(discriminator, run.training.recompute_from)
+        state = TrainState(generator, discriminator, average.requires_grad_(False), new_adam(generator, run),
+                           new_adam(discriminator, run), torch.zeros(2))
+        rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution), run.format_of(setting)[0])
+        shares, reduce = noise(run, stage, 0, setting.workers), Tensor.clone if setting.workers > 1 else None
+        for _ in range(2):
+            live.peak = 0
+            train_step(state, shares, first_moment(run, stage), rules, reduce)
+    return live.peak / 1e9
 
 
 def timed_step(state: TrainState, shares: list[Share], moment: growth.Moment, rules: Rules,
@@ -68,11 +103,22 @@ def timed_step(state: TrainState, shares: list[Share], moment: growth.Moment, ru
     return clock(shares[0].mix.device) - began
 
 
+def moments(run: Run, stage: int) -> list[tuple[growth.Moment, float]]:
+    """A moment of each kind of step of the stage, and the images such steps show: of a fade its middle, when both
+    branches are computed; with a lazy penalty one that has it, one that has not."""
+    schedule, every, kinds = growth.schedule(run), run.training.penalty_every, []
+    for phase in (phase for phase in schedule.phases if phase.stage == stage):
+        first = replace(growth.at(schedule, phase.start), alpha=0.5 if phase.kind == "fade" else 1.0)
+        images = (phase.end - phase.start) / every
+        kinds.append((first, images))
+        if every > 1:
+            kinds.append((replace(first, images_seen=phase.start + phase.batch_size), images * (every - 1)))
+    return kinds
+
+
 def first_moment(run: Run, stage: int) -> growth.Moment:
-    """The middle of the stage's fade, when both branches are computed; alpha 1 where nothing fades."""
-    schedule = growth.schedule(run)
-    moment = growth.at(schedule, schedule.stage_span(stage)[0])
-    return replace(moment, alpha=0.5) if moment.phase.kind == "fade" else moment
+    """The middle of the stage's fade; alpha 1 where nothing fades."""
+    return moments(run, stage)[0][0]
 
 
 def noise(run: Run, stage: int, rank: int, workers: int) -> list[Share]:

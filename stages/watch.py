@@ -136,8 +136,11 @@ class Alarms:
     def look(self, tick: dict[str, Any]) -> list[Alarm]:
         """`tick` event -> the alarms that begin with it, JSON-ready.
 
-        A tick with a figure that is not finite says nothing here: its update was masked, and `Watch` counts these.
+        A tick with a figure that is not finite says nothing here: its update was masked, and `Watch` counts these. Nor
+        does one before the first penalty since the start, where training.penalty_every is above 1.
         """
+        if "gradient_norm" not in tick:
+            return []
         figures = self.figures(tick)
         if not all(map(math.isfinite, figures.values())):
             return []

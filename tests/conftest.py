@@ -82,7 +82,8 @@ def run_maker(shards: Path, image_folder: Path, folder: Path) -> Callable[..., R
             "data": {"source": str(image_folder), "shards": str(shards), "shard_images": 16,
                      "cache_dir": str(folder / "cache")},
             "network": {"latent_size": 8, "fmap_base": 64, "fmap_max": 8},
-            "training": {"average_half_life": 100},
+            # as training.precision=auto may not choose: runs are compared bit by bit
+            "training": {"average_half_life": 100, "precision": "float32", "channels_last": False},
             "stages": [{"resolution": 4 * 2**n, "fade_images": 80, "hold_images": 80, "batch_size": 8, "threads": 1}
                        for n in range(stages)],
             "checkpoints": {"every_images": 40}, "evaluation": {"samples": 8}}

@@ -1590,3 +1590,12 @@ def test_a_share_moves_to_a_device_whole() -> None:
     moved = share.to(torch.device("meta"))
     assert [tensor.device.type for tensor in vars(moved).values()] == ["meta"] * 5
     assert [tensor.shape for tensor in vars(moved).values()] == [tensor.shape for tensor in vars(share).values()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
+def test_decoding_ahead_has_only_the_time_that_steps_leave(shards: Path, tmp_path: Path) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with closing(Images(Data(source="", shards=str(shards), cache_gb=0, cache_dir=str(tmp_path)), 8)) as images:
+        niceness = images._pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result()
+    assert niceness == min(19, before + 10)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,3 +63,25 @@ def test_a_stage_outside_the_main_thread_leaves_sigterm_as_it_is(tiny_run: Calla
     thread.join()
     assert during[-1] == ("stage_end", before)
     assert {handler for _, handler in during} == {before}
+
+
+def test_ticks_tell_the_newest_of_a_figure_that_not_every_step_has(tiny_run: Callable[..., Run], tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """With training.penalty_every=3 two of three steps have no penalty; here the very first steps have none either."""
+    real, norms = loop.train_step, list[float | None]()
+
+    def lazy(*arguments: Any) -> dict[str, Any]:
+        seen = real(*arguments)
+        norms.append(seen["gradient_norm"].item() if len(norms) % 3 == 2 else None)
+        return seen if norms[-1] is not None else {
+            name: figure for name, figure in seen.items() if name not in ("penalty", "gradient_norm")}
+
+    monkeypatch.setattr(loop, "train_step", lazy)
+    ticks = [event for event in loop.run_stage(tiny_run({"tick_images": 8}), 0, None, tmp_path)
+             if event["event"] == "tick"]
+    told = [tick.get("gradient_norm") for tick in ticks]
+    assert len(told) == 10
+    assert told[:2] == [None, None]
+    assert [*dict.fromkeys(told[2:])] == pytest.approx([norms[2], norms[5], norms[8]])
+    assert told[2:] == sorted(told[2:], key=[*dict.fromkeys(told[2:])].index)  # each until the next one
+    assert all("penalty" in tick and "loss_d" in tick for tick in ticks[2:])

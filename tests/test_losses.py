@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
@@ -18,8 +18,9 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def small_discriminator(size: int, width: int = 2, fades: bool = True) -> Discriminator:
-    net = Discriminator(Network(latent_size=2, fmap_base=64, fmap_max=width), size, fades).double()
+def small_discriminator(size: int, width: int = 2, fades: bool = True, pool_first: bool = False) -> Discriminator:
+    network = Network(latent_size=2, fmap_base=64, fmap_max=width, pool_before_activation=pool_first)
+    net = Discriminator(network, size, fades).double()
     with torch.no_grad():
         for number, parameter in enumerate(net.parameters()):
             parameter.copy_(noise(*parameter.shape, seed=number))
@@ -53,53 +54,56 @@ def test_the_generator_loss_is_minus_the_score() -> None:
 # ---- Gradient norm
 
 
-def test_the_norm_on_a_linear_critic_is_the_length_of_its_weights() -> None:
-    weight = noise(3, 4, 4)
-    images = noise(5, 3, 4, 4, seed=1)
-    norm = gradient_norm(lambda x: (x * weight).sum(dim=(1, 2, 3)), images)
-    length = math.sqrt(sum(w * w for w in weight.flatten().tolist()))
-    torch.testing.assert_close(norm, torch.full((5,), length, dtype=torch.float64))
+def norm_at(net: Discriminator, images: Tensor, alpha: float = 1.0) -> Tensor:
+    """Of the gradient that the network itself writes out."""
+    scores, pull = net.linearised(images, alpha)
+    return gradient_norm(pull(torch.ones_like(scores)))
 
 
-def test_the_norm_is_taken_per_image_over_channels_height_and_width() -> None:
-    """score = c * sum(x): each of the 3 * 2 * 2 derivatives is c, so the norm is c * sqrt(12)."""
-    factors = torch.tensor([1.0, 2.0, 0.5])
-    norm = gradient_norm(lambda x: factors * x.sum(dim=(1, 2, 3)), torch.ones(3, 3, 2, 2))
-    torch.testing.assert_close(norm, factors * math.sqrt(12))
+def norm_by_autograd(discriminate: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    images = images.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminate(images).sum(), images, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).sqrt()
 
 
-def test_the_norm_is_taken_where_the_images_are() -> None:
-    """score = sum(x**2) / 2 has the image itself as its gradient."""
-    images = torch.zeros(2, 3, 4, 4)
-    images[0, 0, 0, 0], images[0, 2, 3, 1] = 3.0, 4.0
-    images[1] = 1.0
-    norm = gradient_norm(lambda x: x.square().sum(dim=(1, 2, 3)) / 2, images)
-    torch.testing.assert_close(norm, torch.tensor([5.0, math.sqrt(48)]))
+def test_the_norm_is_the_length_of_each_images_gradient_over_channels_height_and_width() -> None:
+    gradients = noise(5, 3, 4, 2)
+    lengths = [math.sqrt(sum(value**2 for value in image.flatten().tolist())) for image in gradients]
+    torch.testing.assert_close(gradient_norm(gradients), torch.tensor(lengths, dtype=torch.float64))
 
 
-def test_the_norm_can_be_trained_through_and_leaves_the_images_alone() -> None:
-    weight, images = torch.tensor([3.0, 4.0], requires_grad=True), torch.zeros(1, 2, 1, 1)
-    norm = gradient_norm(lambda x: (x * weight.view(1, 2, 1, 1)).sum(dim=(1, 2, 3)), images)
-    norm.sum().backward()
-    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))  # d |w| / d w = w / |w|
-    assert not images.requires_grad
-    assert images.grad is None
+@pytest.mark.parametrize("pool_first", [False, True])
+@pytest.mark.parametrize(("size", "fades", "alpha"), [(4, False, 1.0), (8, False, 1.0), (8, True, 0.3), (8, True, 0.0),
+                                                      (16, True, 0.3), (16, True, 1.0), (32, True, 0.7)])
+def test_the_gradient_written_out_is_that_of_autograd_and_so_is_its_derivative_by_every_parameter(
+        size: int, fades: bool, alpha: float, pool_first: bool) -> None:
+    net, images = small_discriminator(size, 3, fades, pool_first), noise(8, 3, size, size, seed=9)
+    by_autograd, written_out = norm_by_autograd(scores_of(net, alpha), images), norm_at(net, images, alpha)
+    torch.testing.assert_close(written_out, by_autograd)
+    expected, got = (torch.autograd.grad(norm.square().sum(), list(net.parameters()), materialize_grads=True)
+                     for norm in (by_autograd, written_out))
+    for (name, _), a, b in zip(net.named_parameters(), expected, got, strict=True):
+        assert (a - b).norm() <= 1e-10 * max(a.norm(), 1e-3), name
 
 
-def test_no_gradient_flows_from_the_norm_into_what_made_the_images() -> None:
-    source = torch.ones(1, 1, 1, 1, requires_grad=True)
-    norm = gradient_norm(lambda x: (x**3).sum(dim=(1, 2, 3)), source * 2)
-    with pytest.raises(RuntimeError, match=r"does not require grad|not have been used"):
-        torch.autograd.grad(norm.sum(), source)
+def test_the_gradient_is_that_of_the_last_scores_weighted_and_of_the_last_minibatch_alone() -> None:
+    """Two minibatches of four in one pass: each has stddev groups of its own, and only the second is asked about."""
+    net, images, weights = small_discriminator(8), noise(8, 3, 8, 8, seed=9), noise(4, seed=3)
+    scores, pull = net.linearised(images, 0.4, sets=2)
+    for half in (slice(0, 4), slice(4, 8)):
+        torch.testing.assert_close(scores[half], net(images[half], 0.4))
+    second = images[4:].clone().requires_grad_()
+    (expected,) = torch.autograd.grad((net(second, 0.4) * weights).sum(), second)
+    torch.testing.assert_close(pull(weights), expected)
 
 
 def test_at_a_gradient_of_zero_the_norm_is_zero_and_its_derivative_finite() -> None:
-    weight = torch.zeros(2, requires_grad=True)
-    norm = gradient_norm(lambda x: (x * weight.view(1, 2, 1, 1)).sum(dim=(1, 2, 3)), torch.ones(1, 2, 1, 1))
+    gradients = torch.zeros(1, 2, 1, 1, requires_grad=True)
+    norm = gradient_norm(gradients)
     assert norm.tolist() == [0.0]
     gradient_penalty(norm, 10.0, 1.0).sum().backward()
-    assert weight.grad is not None
-    assert torch.isfinite(weight.grad).all()
+    assert gradients.grad is not None
+    assert torch.isfinite(gradients.grad).all()
 
 
 def test_a_discriminator_of_zeros_gets_finite_gradients_from_the_penalty() -> None:
@@ -107,7 +111,7 @@ def test_a_discriminator_of_zeros_gets_finite_gradients_from_the_penalty() -> No
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
-    gradient_penalty(gradient_norm(net, noise(4, 3, 8, 8)), 10.0, 1.0).sum().backward()
+    gradient_penalty(norm_at(net, noise(4, 3, 8, 8)), 10.0, 1.0).sum().backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters())
 
 
@@ -155,7 +159,7 @@ def test_the_divisor_is_the_norm_seen_from_the_larger_image(doublings: int) -> N
 
     large = small.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
     divisor = penalty_divisors("final", 4 * side)[0]
-    torch.testing.assert_close(gradient_norm(from_large, large), gradient_norm(critic, small) / divisor)
+    torch.testing.assert_close(norm_by_autograd(from_large, large), norm_by_autograd(critic, small) / divisor)
 
 
 # ---- Derivatives of the real thing, against finite differences
@@ -177,12 +181,18 @@ def test_scores_have_right_first_and_second_derivatives_by_the_image(size: int, 
 def test_the_penalty_has_right_derivatives_by_every_parameter(size: int, alpha: float) -> None:
     net = small_discriminator(size, fades=size > 4)
     images = noise(8, 3, size, size, seed=9)
-    names = list(dict(net.named_parameters()))
+    names = [f"net.{name}" for name, _ in net.named_parameters()]
+
+    class Norm(nn.Module):  # functional_call reaches a module's forward only
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self) -> Tensor:
+            return norm_at(self.net, images, alpha)
 
     def penalty(*values: Tensor) -> Tensor:
-        weights = dict(zip(names, values, strict=True))
-        norm = gradient_norm(lambda x: functional_call(net, weights, (x, alpha)), images)
-        return gradient_penalty(norm, 10.0, 1.0)
+        return gradient_penalty(functional_call(Norm(), dict(zip(names, values, strict=True)), ()), 10.0, 1.0)
 
     assert gradcheck(penalty, tuple(p.detach().clone().requires_grad_() for p in net.parameters()))
 
@@ -190,7 +200,7 @@ def test_the_penalty_has_right_derivatives_by_every_parameter(size: int, alpha: 
 def test_samples_of_one_stddev_group_shape_each_others_penalty_and_others_do_not() -> None:
     """The norm is of d(sum of scores)/d(image): 8 samples are two groups, {0, 2, 4, 6} and {1, 3, 5, 7}."""
     net, images = small_discriminator(4, fades=False), noise(8, 3, 4, 4, seed=9)
-    base = gradient_norm(net, images)
+    base = norm_at(net, images)
     images[2] += 0.5
-    moved = (gradient_norm(net, images) - base).abs() > 1e-9
+    moved = (norm_at(net, images) - base).abs() > 1e-9
     assert moved.tolist() == [True, False] * 4

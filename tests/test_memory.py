@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradine.configs.schema import EnvironmentFault, Run, Stage, UserError, check_shares, from_dict
+from gradine.configs.schema import EnvironmentFault, Run, Stage, UserError, check_shares, from_dict, load
+from gradine.pipeline.plan import memory_gb
 from gradine.stages import memory
 from gradine.stages.loop import initial_state
-from gradine.stages.memory import OutOfMemory, allocator_error, out_of_memory_named, smaller_micro_batch
+from gradine.stages.memory import LiveBytes, OutOfMemory, allocator_error, out_of_memory_named, smaller_micro_batch
 from gradine.stages.step import Rules, train_step
-from gradine.stages.trial import first_moment, noise
+from gradine.stages.trial import first_moment, noise, step_memory_gb
 
 CPU = torch.device("cpu")
 
@@ -213,3 +214,59 @@ def test_the_tightest_limit_among_a_process_s_cgroups_counts(tmp_path: Path) -> 
     assert memory._cgroup_room(root, own) == 600
     assert memory._cgroup_room(tmp_path / "none", own) == float("inf")
     assert memory._cgroup_room(root, tmp_path / "none") == float("inf")
+
+
+def at(resolution: int, batch: int, precision: str, recompute_from: int = 0, *more: str) -> tuple[Run, int]:
+    """The full recipe, cut at a resolution, on a CPU; and the index of that stage."""
+    run = load("celebahq1024", ["data.source=none", "stages.*.gpus=0", f"training.precision={precision}",
+                                f"training.recompute_from={recompute_from}", *more])
+    index = [stage.resolution for stage in run.stages].index(resolution)
+    return replace(run, stages=[replace(stage, batch_size=batch) for stage in run.stages[:index + 1]]), index
+
+
+def allocated_gb(run: Run, stage: int) -> float:
+    """What torch's own allocator gave out at the peak of two real steps, networks and all, by its profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        state, shares = initial_state(run, stage, None, CPU, None), noise(run, stage, 0, 1)
+        rules = Rules.of(run, run.stages[stage].batch_size, 1, run.training.precision)
+        for _ in range(2):
+            train_step(state, shares, first_moment(run, stage), rules)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events)) / 1e9
+
+
+@pytest.mark.parametrize(("resolution", "precision", "recompute_from"), [
+    (64, "float32", 0), (64, "bfloat16", 32), (128, "float32", 32), (128, "bfloat16", 0)])
+def test_the_count_of_a_steps_memory_is_what_the_allocator_gives_out(resolution: int, precision: str,
+                                                                     recompute_from: int) -> None:
+    run, stage = at(resolution, 4, precision, recompute_from, "network.fmap_base=1024", "network.fmap_max=32")
+    assert step_memory_gb(run, stage) == pytest.approx(allocated_gb(run, stage), rel=0.15)
+
+
+def test_by_hand_storages_count_in_whole_blocks_while_they_live_and_views_do_not() -> None:
+    with LiveBytes() as live:
+        first = torch.zeros(100)  # 400 bytes
+        kept = first[:50].view(5, 10)
+        second = first + 1
+        assert (live.held, live.peak) == (1024, 1024)
+        del second
+        third = torch.zeros(1000, dtype=torch.float64)  # 8,000 bytes: 16 blocks
+        del first
+        assert (live.held, live.peak) == (512 + 8192, 512 + 8192)
+        del kept, third
+        assert (live.held, live.peak) == (0, 512 + 8192)
+
+
+def test_the_full_width_step_at_1024px_fits_in_12_gb() -> None:
+    assert step_memory_gb(*at(1024, 4, "bfloat16")) < 12
+    assert step_memory_gb(*at(1024, 4, "float32", 128)) < 12
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("resolution", "batch", "recompute_from"), [
+    (4, 128, 0), (32, 64, 0), (256, 8, 0), (256, 8, 64)])
+def test_the_plans_estimate_is_within_a_quarter_of_the_count(resolution: int, batch: int, recompute_from: int,
+                                                              precision: str) -> None:
+    run, stage = at(resolution, batch, precision, recompute_from)
+    assert memory_gb(run, run.stages[stage]) == pytest.approx(step_memory_gb(run, stage), rel=0.25)

@@ -1,5 +1,6 @@
 """Claims about generator and discriminator, against numpy arithmetic written out here and numbers known by hand."""
 
+import dataclasses
 import itertools
 import math
 
@@ -23,6 +24,7 @@ from gradine.stages.networks import (
     initialise,
     minibatch_stddev,
     pixel_norm,
+    recompute,
     upscale,
 )
 
@@ -312,10 +314,11 @@ def test_continuity_is_exact_in_bfloat16_too_and_what_comes_out_is_float32(small
     grown_g.load_state_dict(g.state_dict(), strict=False)
     grown_d.load_state_dict(d.state_dict(), strict=False)
     images = noise(8, 3, large, large)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        small_image, scores = g(noise(4, 6)), d(box_downscale(images))
-        assert torch.equal(grown_g(noise(4, 6), 0.0), upscale(small_image))
-        assert torch.equal(grown_d(images, 0.0), scores)
+    half = torch.bfloat16
+    with torch.no_grad():
+        small_image, scores = g(noise(4, 6), dtype=half), d(box_downscale(images), dtype=half)
+        assert torch.equal(grown_g(noise(4, 6), 0.0, half), upscale(small_image))
+        assert torch.equal(grown_d(images, 0.0, half), scores)
     assert small_image.dtype == scores.dtype == torch.float32
 
 
@@ -340,14 +343,40 @@ def test_the_generator_blends_images_linearly_in_alpha() -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("size", [4, 8, 32])
-def test_every_layer_a_stage_owns_takes_part_in_its_backward_pass(size: int, alpha: float) -> None:
-    """Data-parallel reduction waits for every parameter: none may be left without a gradient, at alpha 0 and 1 too."""
+def test_every_layer_a_stage_owns_takes_part_until_the_older_branch_is_faded_out(size: int, alpha: float) -> None:
     g, d = generator(size, fades=size > 4), discriminator(size, fades=size > 4)
     d(g(noise(4, 6), alpha), alpha).sum().backward()
     for name, parameter in itertools.chain(g.named_parameters(), d.named_parameters()):
-        assert parameter.grad is not None, name
+        faded_out = alpha == 1 and name.startswith((f"from_rgb.{size // 2}.", f"to_rgb.{size // 2}."))
+        assert (parameter.grad is None) == faded_out, name
         if 0 < alpha < 1:
+            assert parameter.grad is not None
             assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("pool_first", [False, True])
+@pytest.mark.parametrize("resolution", [8, 16, 32])
+def test_recomputed_blocks_keep_less_and_give_the_same_gradients(resolution: int, pool_first: bool) -> None:
+    network, found = dataclasses.replace(NARROW, pool_before_activation=pool_first), []
+    for from_ in (0, resolution):
+        g, d = generator(32, fades=True), discriminator(32, fades=True, network=network)
+        for net in (g, d):
+            recompute(net, from_)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            scores, pull = d.linearised(torch.cat([g(noise(4, 6), 0.4), noise(4, 3, 32, 32)]), 0.4, sets=2)
+            loss = scores.sum() + pull(torch.ones(4)).square().sum()
+        loss.backward()
+        found.append(([p.grad for net in (g, d) for p in net.parameters()], sum(kept.values())))
+    (plain, all_kept), (again, less_kept) = found
+    assert less_kept < 0.8 * all_kept
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # ---- Layers
@@ -404,7 +433,7 @@ def test_from_rgb_has_a_leaky_relu_of_slope_one_fifth() -> None:
     nn.init.ones_(layer.conv.weight)
     nn.init.zeros_(layer.conv.bias)
     images = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    torch.testing.assert_close(layer(images).flatten(), torch.tensor([1.0, -0.2]) * math.sqrt(2 / 3) * 3)
+    torch.testing.assert_close(layer.linearised(images)[0].flatten(), torch.tensor([1.0, -0.2]) * math.sqrt(2 / 3) * 3)
 
 
 def test_pixel_norm_gives_each_pixels_vector_unit_mean_square() -> None:
@@ -433,7 +462,7 @@ def test_the_length_of_a_latent_does_not_matter_to_the_generator() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 12, 20])
 def test_minibatch_stddev_is_the_plain_loop_over_strided_groups(count: int) -> None:
     x = noise(count, 3, 4, 4).double() * torch.arange(1.0, count + 1).view(-1, 1, 1, 1)
-    out = minibatch_stddev(x)
+    out = minibatch_stddev(x)[0]
     assert out.shape == (count, 4, 4, 4)
     np.testing.assert_allclose(out.numpy(), with_stddev(x.numpy()), rtol=1e-12)
 
@@ -441,7 +470,7 @@ def test_minibatch_stddev_is_the_plain_loop_over_strided_groups(count: int) -> N
 def test_minibatch_stddev_worked_by_hand() -> None:
     """8 samples, groups {0, 2, 4, 6} and {1, 3, 5, 7}: 1 3 5 7 have biased deviation sqrt(5), four twos sqrt(1e-8)."""
     x = torch.tensor([1.0, 2, 3, 2, 5, 2, 7, 2]).view(8, 1, 1, 1).expand(8, 2, 4, 4)
-    out = minibatch_stddev(x)
+    out = minibatch_stddev(x)[0]
     assert torch.equal(out[:, :2], x)
     expected = torch.tensor([math.sqrt(5), 1e-4] * 4).view(8, 1, 1).expand(8, 4, 4)
     torch.testing.assert_close(out[:, 2], expected)
@@ -450,14 +479,14 @@ def test_minibatch_stddev_worked_by_hand() -> None:
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (1, 3), (2, 3), (0, 3)])
 def test_a_share_of_whole_groups_finds_the_deviations_of_the_global_batch(low: int, high: int) -> None:
     x, rows = noise(12, 3, 4, 4), share_rows(12, low, high)
-    assert torch.equal(minibatch_stddev(x[rows]), minibatch_stddev(x)[rows])
+    assert torch.equal(minibatch_stddev(x[rows])[0], minibatch_stddev(x)[0][rows])
     net, images = discriminator(8, fades=True).double(), noise(12, 3, 8, 8).double()
     torch.testing.assert_close(net(images[rows], 0.5), net(images, 0.5)[rows])
 
 
 def test_consecutive_samples_are_not_a_group() -> None:
     x = noise(8, 3, 4, 4)
-    assert not torch.equal(minibatch_stddev(x[:4]), minibatch_stddev(x)[:4])
+    assert not torch.equal(minibatch_stddev(x[:4])[0], minibatch_stddev(x)[0][:4])
 
 
 @pytest.mark.parametrize("count", [5, 6, 7, 10])
@@ -469,14 +498,14 @@ def test_a_batch_that_groups_do_not_divide_names_both_numbers(count: int) -> Non
 def test_minibatch_stddev_squares_in_float32() -> None:
     """Deviations of 300: their squares are infinite in float16."""
     x = torch.tensor([300.0, -300, 300, -300], dtype=torch.float16).view(4, 1, 1, 1)
-    out = minibatch_stddev(x)
+    out = minibatch_stddev(x)[0]
     assert out.dtype == torch.float16
     assert torch.equal(out[:, 1], torch.full((4, 1, 1), 300.0, dtype=torch.float16))
 
 
 def test_minibatch_stddev_differentiates_where_all_samples_are_equal() -> None:
     x = torch.ones(4, 2, 4, 4, requires_grad=True)
-    minibatch_stddev(x)[:, 2].sum().backward()
+    minibatch_stddev(x)[0][:, 2].sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, torch.zeros_like(x.grad))
 
@@ -486,8 +515,8 @@ def test_pooling_before_the_activation_is_another_function_of_the_same_weights()
     x, w = noise(1, 2, 4, 4).double(), weights_of(block)
     before = conv(leaky(conv(x.numpy(), w["conv0.weight"], w["conv0.bias"])), w["conv1.weight"], w["conv1.bias"])
     paper, later = halved(leaky(before)), leaky(halved(before))
-    np.testing.assert_allclose(block(x).detach().numpy(), paper, atol=1e-12)
-    np.testing.assert_allclose(other(x).detach().numpy(), later, atol=1e-12)
+    np.testing.assert_allclose(block.linearised(x)[0].detach().numpy(), paper, atol=1e-12)
+    np.testing.assert_allclose(other.linearised(x)[0].detach().numpy(), later, atol=1e-12)
     assert np.abs(paper - later).max() > 0.01
     assert Discriminator(Network(), 8, False).blocks["8"].pool_before_activation is False
 

@@ -136,9 +136,12 @@ SAFE = {"resume": "8", "branch": "new", "stages.1.threads": 4,
         "evaluation.count": 100, "evaluation.when": "end", "ray.address": "auto",
         "data.source": "moved", "data.shards": "moved", "data.cache_gb": 0.5, "data.cache_dir": "/tmp",
         "data.max_rejected_share": 0.5, "data.download_gb": 1.0, "data.deadline_s": 5.0,
-        "stages.1.workers": 2, "stages.1.micro_batch": 4, "stages.1.cpus": 2.0, "stages.1.gpus": 1.0}
+        "stages.1.workers": 2, "stages.1.micro_batch": 4, "stages.1.cpus": 2.0, "stages.1.gpus": 1.0,
+        "training.compile": True, "training.recompute_from": 8}
 UNSAFE = {"training.seed": 1, "training.precision": "bfloat16", "training.channels_last": True, "training.beta2": 0.9,
-          "training.mirror": False, "training.average_half_life": 5, "network.latent_size": 16, "network.fmap_max": 4,
+          "training.mirror": False, "training.penalty_every": 2, "stages.1.precision": "bfloat16",
+          "stages.0.channels_last": True, "training.average_half_life": 5,
+          "network.latent_size": 16, "network.fmap_max": 4,
           "data.crop": "none", "data.labels": "none", "data.shard_images": 7, "data.channels": 1, "data.crop_seed": 1,
           "data.small": "pad", "data.background": "black", "data.encoding": "jpeg", "data.sampling": "balanced",
           "stages.0.batch_size": 16, "stages.2.hold_images": 160, "stages.1.learning_rate": 0.5,
@@ -265,12 +268,12 @@ def test_hours_without_a_measurement_are_the_work_over_an_assumed_speed_of_the_u
 
 
 def test_a_gray_run_has_less_work_and_fewer_weights_by_two_of_three_values_of_each_pixel() -> None:
-    """The last layer is 8 wide here: 2 * 8 multiplications less a pixel, and 2 * 9 weights of 9 floats each, twice."""
+    """The last layer is 8 wide here: 2 * 8 multiplications less a pixel, and 2 * 9 weights of 10 floats each."""
     rgb, gray = run_of(), run_of({"data.channels": 1})
     for of_rgb, of_gray in zip(row_of(make_plan(rgb, []), {}, rgb), row_of(make_plan(gray, []), {}, gray), strict=True):
         size = of_rgb["resolution"]
         assert of_gray["hours"] / of_rgb["hours"] == pytest.approx((MACS[size] - 16 * size**2) / MACS[size])
-        assert of_rgb["memory_gb"] - of_gray["memory_gb"] == pytest.approx(2 * 18 * 9 * 4 / 1e9)
+        assert of_rgb["memory_gb"] - of_gray["memory_gb"] == pytest.approx(18 * 10 * 4 / 1e9)
     assert seconds_left(gray, 240, {8: 4.0}) == pytest.approx(160 / 4 * (MACS[16] - 4096) / (MACS[8] - 1024))
 
 

@@ -20,9 +20,10 @@ from gradine.pipeline import plan as planning
 from gradine.pipeline import preflight
 from gradine.pipeline.group import Group
 from gradine.pipeline.preflight import Row, what_would_fit
+from gradine.stages import trial as trials
 from gradine.stages.memory import OutOfMemory
 from gradine.stages.networks import Discriminator, Generator
-from gradine.stages.trial import first_moment, noise, trial
+from gradine.stages.trial import first_moment, moments, noise, trial
 
 Make = Callable[..., Run]
 HUNGRY = {"latent_size": 8, "fmap_base": 256, "fmap_max": 4}  # feature maps are all that counts: 12 MB an image
@@ -34,6 +35,7 @@ def configured(changes: dict[str, Any], folder: Path) -> Run:
     raw: dict[str, Any] = {
         "name": "tiny", "runs": str(folder / "runs"), "data": {"source": "none", "shards": "none"},
         "network": {"latent_size": 8, "fmap_base": 64, "fmap_max": 8},
+        "training": {"precision": "float32", "channels_last": False},
         "stages": [{"resolution": 4 * 2**n, "fade_images": 96, "hold_images": 200, "batch_size": 16, "threads": 1}
                    for n in range(2)]}
     for path, value in changes.items():
@@ -290,3 +292,28 @@ def test_the_step_measured_is_one_of_the_middle_of_the_fade(tmp_path: Path) -> N
     (first, second) = noise(run, 1, 0, 2)
     assert first.reals.shape == second.reals.shape == (4, 3, 8, 8)
     assert first.reals.float().std() == pytest.approx(256 / math.sqrt(12), rel=0.1)  # uniform bytes
+
+
+def test_a_stages_step_is_the_mean_over_the_images_of_its_fade_and_its_hold(tmp_path: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """96 images in steps of 3 s, then 208 (200 in whole batches) in steps of 1 s."""
+    run = configured({}, tmp_path)
+    assert [(moment.phase.kind, moment.alpha, images) for moment, images in moments(run, 1)] == [
+        ("fade", 0.5, 96), ("hold", 1.0, 208)]
+    monkeypatch.setattr(trials, "timed_step", lambda state, shares, moment, rules, reduce: 5 - 4 * moment.alpha)
+    assert trial(run, 1)["seconds"] == pytest.approx((96 * 3 + 208 * 1) / 304)
+    assert trial(run, 0)["seconds"] == 1
+
+
+def test_a_save_beside_the_steps_takes_its_largest_file_twice_more(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """That file holds the moments: two floats a weight and a count a tensor, of both networks."""
+    monkeypatch.setattr(trials, "timed_step", lambda *_: 5.0)
+    monkeypatch.setattr(trials, "peak_memory_mb", lambda _: 100.0)
+    run = configured({}, tmp_path)
+    parameters = [p for kind in (Generator, Discriminator) for p in kind(run.network, 8, True, 3).parameters()]
+    moments_mb = 4 * (2 * sum(p.numel() for p in parameters) + len(parameters)) / 1e6
+    beside, before_the_next = (trial(configured({"checkpoints.background": value}, tmp_path), 1)["memory_mb"]
+                               for value in (True, False))
+    assert before_the_next == 100
+    assert beside == pytest.approx(100 + 2 * moments_mb)

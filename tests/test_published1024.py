@@ -40,7 +40,7 @@ def test_the_published_recipe_runs_through_all_nine_stages(tmp_path: Path, ray_c
         f"data.cache_dir={tmp_path}/cache", "data.cache_gb=0.2",  # so that 1024 px streams and the others are mapped
         "network.fmap_base=512", "network.fmap_max=16", "network.latent_size=16", "stages.*.gpus=0",
         "stages.*.batch_size=4", "stages.*.fade_images=8", "stages.*.hold_images=8", "stages.*.threads=1",
-        "evaluation.count=16", "evaluation.samples=4"])
+        "training.channels_last=false", "evaluation.count=16", "evaluation.samples=4"])
     folder = driver.train(run, shard_if_needed=True)
     ends = [c for c in commits.find(folder.checkpoints)[0] if c.stage_end]
     assert [c.resolution for c in ends] == [4, 8, 16, 32, 64, 128, 256, 512, 1024]

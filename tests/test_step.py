@@ -28,7 +28,8 @@ from gradine.stages.step import (
 
 NETWORK = Network(latent_size=6, fmap_base=32, fmap_max=4)
 RATE = 0.002
-RULES = Rules(penalty_weight=10.0, penalty_target=1.5, penalty_divisor=2, drift=0.01, average_decay=0.9, autocast=None)
+RULES = Rules(penalty_weight=10.0, penalty_target=1.5, penalty_divisor=2, drift=0.01, average_decay=0.9,
+              dtype=torch.float32)
 
 
 def run_of(**training: Any) -> Run:
@@ -197,7 +198,7 @@ def test_three_steps_move_the_weights_as_the_slow_step_does(alpha: float, size: 
     (10.0, 1.0, 1, 0.001), (10.0, 750.0, 1, 0.001), (1.0, 1.0, 256, 0.0), (0.0, 1.0, 1, 0.5)])
 def test_each_constant_of_the_rules_acts_where_it_should(weight: float, target: float, divisor: int,
                                                          drift: float) -> None:
-    rules = Rules(weight, target, divisor, drift, average_decay=0.9, autocast=None)
+    rules = Rules(weight, target, divisor, drift, average_decay=0.9, dtype=torch.float32)
     state, batch = new_state(), batch_of(8)
     slow = SlowStep(state)
     expected = slow(batch, 0.3, RATE, rules)
@@ -209,8 +210,8 @@ def test_each_constant_of_the_rules_acts_where_it_should(weight: float, target: 
 def test_the_rules_are_those_of_the_run() -> None:
     run = run_of(penalty_weight=7.0, penalty_target=750.0, drift=0.02, average_half_life=64)
     rules = Rules.of(run, batch_size=16, penalty_divisor=4)
-    assert rules == Rules(7.0, 750.0, 4, 0.02, 0.5 ** 0.25, None)
-    assert Rules.of(run_of(precision="bfloat16"), 16, 1).autocast == torch.bfloat16
+    assert rules == Rules(7.0, 750.0, 4, 0.02, 0.5 ** 0.25, torch.float32, 1)
+    assert Rules.of(run_of(precision="bfloat16"), 16, 1).dtype == torch.bfloat16
 
 
 # ---- Splits
@@ -304,11 +305,18 @@ def test_a_fade_starts_with_blocks_and_mirroring_comes_before_it() -> None:
 def test_the_step_shows_the_networks_the_faded_mirrored_reals_and_its_alpha() -> None:
     seen: list[tuple[Tensor, float]] = []
     state, batch = new_state(), batch_of(8)
-    state.discriminator.register_forward_pre_hook(lambda _, args: seen.append(args))
+    linearised = state.discriminator.linearised
+
+    def seeing(images: Tensor, alpha: float, *rest: Any, **more: Any) -> Any:
+        seen.append((images.detach(), alpha))
+        return linearised(images, alpha, *rest, **more)
+
+    state.discriminator.linearised = seeing  # type: ignore[method-assign]
     step(state, batch, alpha=0.25)
-    np.testing.assert_allclose(seen[0][0].numpy(), plain_reals(batch.reals.numpy(), batch.mirrored.numpy(), 0.25),
-                               atol=1e-6)
-    assert [alpha for _, alpha in seen] == [0.25] * 4  # reals, fakes, in between, and G's fakes
+    reals, fakes, mixed = seen[0][0].chunk(3)
+    np.testing.assert_allclose(reals.numpy(), plain_reals(batch.reals.numpy(), batch.mirrored.numpy(), 0.25), atol=1e-6)
+    torch.testing.assert_close(mixed, torch.lerp(reals, fakes, batch.mix.view(-1, 1, 1, 1)))
+    assert [(len(images), alpha) for images, alpha in seen] == [(24, 0.25), (8, 0.25)]  # the second: G's fakes
 
 
 def channels_innermost(images: Tensor) -> Tensor:
@@ -390,6 +398,44 @@ def test_no_gradient_of_the_critics_phase_reaches_the_generator() -> None:
     state.generator.register_forward_pre_hook(lambda *_: left.append(len(gradients(state.generator))))
     step(state, batch_of(8))
     assert left == [0, 0]
+
+
+def test_layers_that_are_faded_out_stay_as_they_are_and_keep_a_place_in_adam() -> None:
+    """Their gradient is zero by the blend's own weight: at alpha 1 nothing is computed to find that out."""
+    state = new_state()
+    before = {part: values(getattr(state, part)) for part in ("generator", "discriminator")}
+    step(state, batch_of(8), alpha=1.0)
+    for part, older in (("generator", "to_rgb.4."), ("discriminator", "from_rgb.4.")):
+        net, adam = getattr(state, part), getattr(state, f"{part}_adam")
+        for name, parameter in net.named_parameters():
+            assert torch.equal(parameter, before[part][name]) == name.startswith(older), name
+            assert adam.state[parameter]["step"].item() == 1
+
+
+# ---- A lazy penalty
+
+
+def test_a_lazy_penalty_comes_every_k_steps_of_its_phase_and_weighs_k_times_as_much() -> None:
+    every, lazy = RULES, dataclasses.replace(RULES, penalty_every=3)
+    for number in range(7):
+        at = Moment(Phase(1, 8, "fade", 1000, 10_000, 8), 1000 + 8 * number, 0.3, RATE)
+        plain_state, state, batch = new_state(), new_state(), batch_of(8, number)
+        plain, got = (train_step(it, [batch], at, rules) for it, rules in ((plain_state, every), (state, lazy)))
+        penalised = number in (0, 3, 6)
+        assert ("penalty" in got) == ("gradient_norm" in got) == penalised
+        without = (plain["loss_d"] - plain["penalty"]).item()
+        assert got["loss_d"].item() == pytest.approx(without + penalised * 3 * plain["penalty"].item(), rel=1e-5)
+
+
+def test_a_step_without_penalty_moves_the_critic_as_a_penalty_of_weight_zero_does() -> None:
+    lazy, none = dataclasses.replace(RULES, penalty_every=2), dataclasses.replace(RULES, penalty_weight=0.0)
+    at = Moment(Phase(1, 8, "fade", 1000, 10_000, 8), 1008, 0.3, 0.0)
+    states = new_state(), new_state()
+    for state, rules in zip(states, (lazy, none), strict=True):
+        train_step(state, [batch_of(8)], at, rules)
+    for (name, a), b in zip(gradients(states[0].discriminator).items(), gradients(states[1].discriminator).values(),
+                            strict=True):
+        torch.testing.assert_close(a, b, msg=name)
 
 
 def test_gradients_of_the_step_before_are_not_added() -> None:
@@ -605,7 +651,7 @@ def test_bfloat16_is_for_the_convolutions_and_weights_and_gradients_stay_float32
         for layer in net.modules():
             if layer.__class__.__name__ == "EqualizedConv":
                 layer.register_forward_hook(lambda _m, _i, out: seen.add(out.dtype))
-    figures = step(state, batch_of(8), rules=dataclasses.replace(RULES, autocast=torch.bfloat16))
+    figures = step(state, batch_of(8), rules=dataclasses.replace(RULES, dtype=torch.bfloat16))
     assert seen == {torch.bfloat16}
     for net in (state.generator, state.discriminator):
         assert {p.dtype for p in net.parameters()} == {torch.float32}

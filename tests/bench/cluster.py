@@ -37,7 +37,7 @@ def settings(folder: str, workers: int, number: int) -> Run:
     return load("demo", [
         f"runs={folder}/runs", f"name=run-{workers}-{number}", f"data.shards={folder}/shards",
         f"data.cache_dir={folder}", "network={latent_size: 512, fmap_base: 8192, fmap_max: 512}",
-        "training.precision=float32", "evaluation.when=end",
+        "training.precision=float32", "training.channels_last=false", "evaluation.when=end",
         f"stages=[{{resolution: 32, hold_images: {4 * workers * STEPS}, batch_size: {4 * workers}, micro_batch: 4, "
         f"workers: {workers}, threads: 1}}]", "checkpoints.every_images=1000000", "evaluation.cpus=0"])
 

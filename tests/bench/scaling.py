@@ -2,6 +2,7 @@
 
 1. One sum of a gradient vector over two processes on gloo and loopback, beside the time the model gives its bytes.
 2. A step at 32 px, full width, on one thread: images in one micro-batch or two, then on two processes.
+3. The same batch on one worker of one thread, then on two, by turns: bar 1.85 times the images/s from 32 px up.
 Wall and processor seconds are both shown: on a machine that others use too, the second are the ones to compare.
 """
 
@@ -12,12 +13,13 @@ import socket
 import statistics
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from gradine.configs.schema import load
+from gradine.configs.schema import from_dict, load
 from gradine.stages import growth
 from gradine.stages.loop import initial_state
 from gradine.stages.losses import penalty_divisor
@@ -25,7 +27,7 @@ from gradine.stages.step import Rules, train_step
 from gradine.stages.trial import first_moment, noise
 
 FLOATS = (1, 65_536, 1 << 20, 6_556_163, 20_719_628, 23_079_115)  # the last three: generators to 4, 32 and 1024 px
-REPEATS = 7
+REPEATS, ROUNDS = 7, 3
 STAGE_32 = 3  # its index in the full recipe
 
 
@@ -85,6 +87,48 @@ def step(rank: int, port: int, batch: int, micro: int, workers: int) -> None:
         dist.destroy_process_group()
 
 
+def by_turns(rank: int, port: int, resolution: int, batch: int, precision: str) -> None:
+    """Worker 0 trains the batch alone while the other waits; both train half of it each, apart; both share it."""
+    join(rank, port)
+    spent = [0.0]
+
+    def reduce(vector: torch.Tensor) -> torch.Tensor:
+        began = time.perf_counter()
+        dist.all_reduce(vector)
+        spent[0] += time.perf_counter() - began
+        return vector
+
+    def of(workers: int) -> tuple[Any, ...]:
+        stages = [{"resolution": size, "batch_size": batch, "workers": workers}
+                  for size in (resolution // 2, resolution)]
+        run = from_dict({"name": "bench", "data": {"source": "none", "shards": "none"}, "stages": stages,
+                         "training": {"precision": precision, "channels_last": precision == "bfloat16"}})
+        return (initial_state(run, 1, None, torch.device("cpu"), None), noise(run, 1, rank % workers, workers),
+                first_moment(run, 1), Rules.of(run, batch, 1))
+
+    whole, half = of(1), of(2)
+    sides = {"alone": [*whole, None], "apart": [*half, None], "shared": [*half, reduce]}
+    times: dict[str, list[float]] = {"sums": [], **{name: [] for name in sides}}
+    for _ in range(1 + ROUNDS):
+        spent[0] = 0.0
+        for name, arguments in sides.items():
+            dist.barrier()
+            began = time.perf_counter()
+            if rank == 0 or name != "alone":
+                train_step(*arguments)
+            dist.barrier()
+            times[name].append(time.perf_counter() - began)
+        times["sums"].append(spent[0])
+    if rank == 0:
+        median = {name: statistics.median(each[1:]) for name, each in times.items()}  # the first is not counted
+        ratios = [alone / shared for alone, shared in zip(times["alone"][1:], times["shared"][1:], strict=True)]
+        print(f"{resolution} px, {precision}, batch {batch}: two workers are {median['alone'] / median['shared']:.2f} "
+              f"times one ({min(ratios):.2f} to {max(ratios):.2f}; bar 1.85), {median['alone'] / median['apart']:.2f} "
+              f"without sums; {median['alone']:.2f} s alone, {median['shared']:.2f} s shared, of it "
+              f"{median['sums']:.2f} s in sums, waiting included", flush=True)
+    dist.destroy_process_group()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -95,3 +139,6 @@ if __name__ == "__main__":
     processes.spawn(sums, (free_port(),), nprocs=2)
     for batch, micro, workers in ((4, 4, 1), (8, 4, 1), (8, 8, 1), (8, 4, 2)):
         processes.spawn(step, (free_port(), batch, micro, workers), nprocs=workers)
+    for resolution, batch in ((32, 16), (64, 8)):
+        for precision in ("float32", "bfloat16"):
+            processes.spawn(by_turns, (free_port(), resolution, batch, precision), nprocs=2)

@@ -1,0 +1,67 @@
+"""torch.compile for the two objectives of a step, where `training.compile` asks for it.
+
+Nothing in them takes a derivative of a derivative (networks.py), which compilers refuse. Alpha enters as a tensor, so
+that a fade is one program; a hold is a second, and a step without penalty one more. All are compiled before a stage's
+first step, and none is after it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from gradine.configs.schema import Run
+from gradine.stages.growth import micro_batches
+from gradine.stages.step import Objectives, Rules, Share, TrainState, critic_objective, generator_objective
+
+
+def compiled(run: Run, stage: int, state: TrainState, rules: Rules) -> tuple[Objectives, str]:
+    """Objectives for this stage's steps, and a line for the log: the seconds it took, or why there are none.
+
+    Where the backend cannot (no C++ compiler, no kernels for the device), the plain ones.
+    """
+    began = time.perf_counter()
+    critic, generator = torch.compile(critic_objective), torch.compile(generator_objective)
+    device = next(state.generator.parameters()).device
+
+    def shown(alpha: float) -> float | torch.Tensor:  # a float would be compiled in, each a program of its own
+        return torch.full((), alpha, device=device) if alpha < 1 else 1.0
+
+    objectives = Objectives(
+        lambda state, share, alpha, rules, penalised: critic(state, share, shown(alpha), rules, penalised),
+        lambda state, share, alpha, rules: generator(state, share, shown(alpha), rules))
+    share = blank(run, stage, device)
+    try:
+        for alpha in (0.5, 1.0) if stage else (1.0,):
+            for penalised in {True, rules.penalty_every == 1}:
+                loss, _ = objectives.critic(state, share, alpha, rules, penalised)
+                torch.autograd.grad(loss, list(state.discriminator.parameters()), allow_unused=True)
+            loss, _ = objectives.generator(state, share, alpha, rules)
+            torch.autograd.grad(loss, list(state.generator.parameters()), allow_unused=True)
+    except Exception as error:
+        if not of_the_compiler(error):
+            raise
+        torch.compiler.reset()
+        return Objectives(), f"training.compile: not compiled, goes on without ({why(error)})"
+    return objectives, f"compiled in {time.perf_counter() - began:.0f} s"
+
+
+def blank(run: Run, stage: int, device: torch.device) -> Share:
+    """Black images in the shapes of a micro-batch."""
+    setting = run.stages[stage]
+    count = len(micro_batches(setting, 0, setting.workers)[0])
+    size, latents = setting.resolution, torch.ones(count, run.network.latent_size, device=device)
+    return Share(torch.zeros(count, run.data.channels, size, size, dtype=torch.uint8, device=device),
+                 torch.zeros(count, dtype=torch.bool, device=device), latents, latents.clone(),
+                 torch.full((count,), 0.5, device=device))
+
+
+def of_the_compiler(error: Exception) -> bool:
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
+
+
+def why(error: Exception) -> str:
+    """Its first line that says something, short."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return next(iter(lines), type(error).__name__)[:160]
