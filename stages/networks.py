@@ -33,7 +33,6 @@ Pull = Callable[[Tensor], Tensor]
 # DOUBLING @ w @ DOUBLING.T: 4 multiplications an output instead of 9. A 3x3 convolution and the mean of 2x2 outputs are
 # one convolution of stride 2, its kernel the same turned around and divided by 4: 4 a pixel instead of 9.
 DOUBLING = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-DOUBLED_FROM = 16  # px; at 8 px making the kernel costs what it saves
 
 
 class EqualizedConv(nn.Module):
@@ -65,8 +64,8 @@ class UpConv(EqualizedConv):
 
     def forward(self, x: Tensor) -> Tensor:
         outputs, inputs = self.weight.shape[:2]
-        mixing = (self.mixing * self.scale).expand(inputs, 16, 9)
-        kernel = mixing.bmm(self.weight.permute(1, 2, 3, 0).flatten(1, 2)).to(x.dtype)
+        weight = (self.weight * self.scale).to(x.dtype).permute(1, 2, 3, 0).flatten(1, 2)
+        kernel = self.mixing.to(x.dtype).expand(inputs, 16, 9).bmm(weight)
         kernel = kernel.view(inputs, 4, 4, outputs).permute(0, 3, 1, 2)
         return F.conv_transpose2d(x, kernel, self.bias.to(x.dtype), stride=2, padding=1)
 
@@ -219,16 +218,14 @@ class SeedBlock(nn.Module):
 class UpBlock(nn.Module):
     """[N, in, H, W] -> [N, out, 2H, 2W]: nearest upscale, two 3x3 convolutions."""
 
-    def __init__(self, inputs: int, outputs: int, size: int) -> None:
-        """size: 2H."""
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv0 = UpConv(inputs, outputs) if size >= DOUBLED_FROM else EqualizedConv(inputs, outputs, 3)
+        self.conv0 = UpConv(inputs, outputs)
         self.conv1 = EqualizedConv(outputs, outputs, 3)
         self.recomputes = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv0(x if isinstance(self.conv0, UpConv) else upscale(x))
-        return pixel_norm(activated(self.conv1(pixel_norm(activated(x)))))
+        return pixel_norm(activated(self.conv1(pixel_norm(activated(self.conv0(x))))))
 
 
 class DownBlock(nn.Module):
@@ -307,7 +304,7 @@ class Generator(nn.Module):
         for size in resolutions(resolution):
             width = channels(network, size)
             self.blocks[str(size)] = (SeedBlock(network.latent_size, width) if size == 4
-                                      else UpBlock(channels(network, size // 2), width, size))
+                                      else UpBlock(channels(network, size // 2), width))
         sizes = [resolution // 2, resolution] if fades else [resolution]
         self.to_rgb = nn.ModuleDict({str(s): EqualizedConv(channels(network, s), image_channels, 1, gain=1)
                                      for s in sizes})

@@ -102,7 +102,7 @@ def by_turns(rank: int, port: int, resolution: int, batch: int, precision: str) 
         stages = [{"resolution": size, "batch_size": batch, "workers": workers}
                   for size in (resolution // 2, resolution)]
         run = from_dict({"name": "bench", "data": {"source": "none", "shards": "none"}, "stages": stages,
-                         "training": {"precision": precision, "channels_last": precision == "bfloat16"}})
+                         "training": {"precision": precision, "channels_last": True}})
         return (initial_state(run, 1, None, torch.device("cpu"), None), noise(run, 1, rank % workers, workers),
                 first_moment(run, 1), Rules.of(run, batch, 1))
 

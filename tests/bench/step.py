@@ -376,10 +376,13 @@ def compare(ref: str, resolutions: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a training step costs, as ratios of one run.")
-    parser.add_argument("resolutions", nargs="*", type=int, default=RESOLUTIONS, choices=RESOLUTIONS, metavar="PX")
+    parser.add_argument("resolutions", nargs="*", type=int, metavar="PX", help=f"of {RESOLUTIONS}; all without any")
     parser.add_argument("--peer", action="store_true", help="install pro-gan-pth 3.4 below .venv-bench")
     parser.add_argument("--base", metavar="REF", help="compare with this commit, and nothing else")
     asked = parser.parse_args()
+    if unknown := set(asked.resolutions) - set(RESOLUTIONS):
+        parser.error(f"no step of {unknown} px. Use some of {RESOLUTIONS}.")
+    asked.resolutions = asked.resolutions or RESOLUTIONS
     print(machine(), f"load {os.getloadavg()[0]:.1f} at the start\n", sep="; ", flush=True)
     if asked.base:
         compare(asked.base, asked.resolutions)
