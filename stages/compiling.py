@@ -62,6 +62,6 @@ def of_the_compiler(error: Exception) -> bool:
 
 
 def why(error: Exception) -> str:
-    """Its first line that says something, short."""
+    """Its first two lines that say something, as one, short: the first may only name the backend."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-    return next(iter(lines), type(error).__name__)[:160]
+    return " ".join(lines[:2])[:160] or type(error).__name__

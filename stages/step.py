@@ -183,10 +183,17 @@ def reduce_gradients(network: nn.Module, reduce: Reduce) -> None:
     Data-parallel wrappers choose their buckets anew after the first step, and with three workers or more the order of
     a sum depends on its place in a bucket: a resumed run would then differ from the unbroken one.
     """
-    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    summed = reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+    gradients = [in_memory_order(parameter.grad) for parameter in network.parameters() if parameter.grad is not None]
+    summed = reduce(torch.cat(gradients))
     for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view(gradient.shape))
+        gradient.copy_(part)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """All entries as they lie there, a view of [n]: weights that lie channels last need no reordering to be summed."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.permute(0, 2, 3, 1).view(-1)
 
 
 def masked_update(adam: torch.optim.Adam, learning_rate: float) -> Tensor:

@@ -16,6 +16,7 @@ from gradine.stages.trial import noise
 
 SETTINGS: dict[str, Any] = {"penalty_every": 2, "precision": "float32", "channels_last": False}
 plain_compile = torch.compile
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch by torch, whose compiler is the matter
 
 
 @pytest.fixture(autouse=True)
