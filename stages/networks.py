@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gradine.configs.schema import Network
@@ -137,6 +138,7 @@ class _PixelNorm(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
+    @once_differentiable  # or it would be differentiated wrongly: `inverse` counts as a constant
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
         y, inverse = ctx.saved_tensors
         wide = torch.promote_types(y.dtype, torch.float32)

@@ -448,6 +448,15 @@ def test_pixel_norm_has_its_epsilon_inside_the_root() -> None:
     assert torch.equal(pixel_norm(torch.zeros(1, 4)), torch.zeros(1, 4))
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (2, 5, 3, 2)])
+def test_pixel_norm_has_the_derivative_of_differences_and_refuses_a_second_one(shape: tuple[int, ...]) -> None:
+    x = noise(*shape).double().requires_grad_()
+    assert torch.autograd.gradcheck(pixel_norm, (x,))
+    (gradient,) = torch.autograd.grad(pixel_norm(x).square().sum() * x.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_pixel_norm_squares_in_float32() -> None:
     """300**2 is infinite in float16."""
     x = torch.full((1, 4, 1, 1), 300.0, dtype=torch.float16)
