@@ -96,14 +96,14 @@ class Faults:
     def wrap_step(self) -> None:
         real = loop.train_step
 
-        def train_step(state: Any, shares: Any, moment: Any, rules: Any, reduce: Any = None) -> Any:
+        def train_step(state: Any, shares: Any, moment: Any, *rest: Any) -> Any:
             self.reach("before")
             if any(first <= self.at < last for first, last in self.advance):  # the slow model of skipped ranges
                 state.images_seen += moment.phase.batch_size
                 return {}
             shown = [share.reals for share in shares]
             shares, clean_up = self.poisoned(state, shares)
-            seen = real(state, shares, moment, rules, reduce)
+            seen = real(state, shares, moment, *rest)
             clean_up()
             line = {"at": moment.images_seen, "shown": [[digest([image]) for image in reals] for reals in shown],
                     "state": digests(state)}
