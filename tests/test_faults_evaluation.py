@@ -223,11 +223,12 @@ def test_f39_weights_of_another_content_are_refused_with_the_way_out_and_the_oth
 
 
 STOPPED = '''
-import signal
+import signal, time
 
 def change(module):
     def evaluate(self, run, path, threads):
         reached(f"stopped-{int(path[-9:])}")
+        time.sleep(1)  # until it has told that it has a place: frozen before, it counts as one that waits for one
         os.kill(os.getpid(), signal.SIGSTOP)
     module.Evaluator.evaluate = evaluate
 CHANGES["gradine.pipeline.evaluations"] = change

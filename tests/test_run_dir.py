@@ -420,4 +420,4 @@ def test_f05_curves_miss_only_what_a_full_disk_did_not_take(disk: SmallDisk) -> 
         assert line.startswith(f"curves in {disk.path}/curves cannot be written: No space left on device. Training ")
     dropped = [int(re.findall(r"lack (\d+) points", line)[0]) for line in told[1::2]]
     assert sum(dropped) == 301 - len(steps)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # of an earlier test some may have ended meanwhile
