@@ -1,6 +1,7 @@
 """In which precision and memory format a stage's steps run fastest: measured by its own workers, before its first step.
 
-What `training.precision: auto` and `training.channels_last: null` leave open. Times are seconds of a step.
+What `training.precision: auto` and `training.channels_last: null` leave open. Times are seconds of a step; on a CPU
+processor seconds, for a choice that stays must not hang on who else was busy just then.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gradine.stages.memory import OutOfMemory, allocator_error, forget, out_of_m
 from gradine.stages.pulse import Pulse
 from gradine.stages.step import Rules, TrainState
 from gradine.stages.stopping import asked, listening
-from gradine.stages.trial import first_moment, noise, timed_step
+from gradine.stages.trial import first_moment, noise, undisturbed_step
 
 Event = dict[str, Any]
 GAIN = 0.05  # by which another format must be faster than one that stands before it: below it lies noise
@@ -120,7 +121,7 @@ def steps_by_turns(run: Run, stage: int, formats: list[Format], accelerator: Acc
             rules = Rules.of(run, setting.batch_size, divisor, each.precision)
             pulse.at("step")
             try:
-                own = timed_step(state, shares, moment, rules, torch.clone if workers > 1 else None)
+                own = undisturbed_step(state, shares, moment, rules, torch.clone if workers > 1 else None)
             except Exception as error:
                 if not allocator_error(error):
                     raise

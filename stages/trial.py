@@ -103,6 +103,16 @@ def timed_step(state: TrainState, shares: list[Share], moment: growth.Moment, ru
     return clock(shares[0].mix.device) - began
 
 
+def undisturbed_step(state: TrainState, shares: list[Share], moment: growth.Moment, rules: Rules,
+                     reduce: Reduce | None) -> float:
+    """Trains one step. -> seconds it would take alone on its cores: on a CPU its processor seconds over its threads."""
+    if shares[0].mix.device.type == "cuda":
+        return timed_step(state, shares, moment, rules, reduce)
+    began = time.process_time()
+    train_step(state, shares, moment, rules, reduce)
+    return (time.process_time() - began) / torch.get_num_threads()
+
+
 def moments(run: Run, stage: int) -> list[tuple[growth.Moment, float]]:
     """A moment of each kind of step of the stage, and the images such steps show: of a fade its middle, when both
     branches are computed; with a lazy penalty one that has it, one that has not."""

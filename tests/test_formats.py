@@ -76,7 +76,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Format]]:
                 raise MemoryError
             return seconds[asked[-1]]
 
-        monkeypatch.setattr(formats, "timed_step", step)
+        monkeypatch.setattr(formats, "undisturbed_step", step)
         monkeypatch.setattr(formats, "has_bfloat16", lambda _: has_bfloat16)
         return asked
 
