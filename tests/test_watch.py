@@ -120,13 +120,12 @@ def test_what_ends_a_stage_tells_the_driver_its_place_through_pickle() -> None:
 def test_f25_updates_masked_without_end_are_counted_and_end_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in every gradient of D from step 11 on, in the real step: the 20th masked update in a row ends the stage."""
     run = small_run(resolution=4, hold_images=40 * BATCH)
-    watch, seen, original = Watch(BATCH, 0, [0, 0]), 0, step.critic_objective
+    watch, seen, original = Watch(BATCH, 0, [0, 0]), 0, step.critic_loss
 
-    def poisoned(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, figures = original(*arguments)
-        return loss * (math.nan if seen >= 10 * BATCH else 1), figures
+    def poisoned(*arguments: Any) -> Tensor:
+        return original(*arguments) * (math.nan if seen >= 10 * BATCH else 1)
 
-    monkeypatch.setattr(step, "critic_objective", poisoned)
+    monkeypatch.setattr(step, "critic_loss", poisoned)
     ticks = ticks_of(run)
     for tick in itertools.islice(ticks, 29):
         seen = tick["images_seen"]
