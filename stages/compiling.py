@@ -21,6 +21,10 @@ def compiled(run: Run, stage: int, state: TrainState, rules: Rules) -> tuple[Obj
 
     Where the backend cannot (no C++ compiler, no kernels for the device), the plain ones.
     """
+    import torch._dynamo.config  # the compiler is large, and most runs do without
+    import torch._functorch.config
+    import torch._inductor.config
+
     began = time.perf_counter()
     critic, generator = torch.compile(critic_objective), torch.compile(generator_objective)
     device = next(state.generator.parameters()).device
@@ -33,18 +37,26 @@ def compiled(run: Run, stage: int, state: TrainState, rules: Rules) -> tuple[Obj
         lambda state, share, alpha, rules: generator(state, share, shown(alpha), rules))
     share = blank(run, stage, device)
     try:
-        for alpha in (0.5, 1.0) if stage else (1.0,):
-            for penalised in {True, rules.penalty_every == 1}:
-                loss, _ = objectives.critic(state, share, alpha, rules, penalised)
-                torch.autograd.grad(loss, list(state.discriminator.parameters()), allow_unused=True)
-            loss, _ = objectives.generator(state, share, alpha, rules)
-            torch.autograd.grad(loss, list(state.generator.parameters()), allow_unused=True)
+        # The compiler's own caches on disk are pickles, which gradine reads from nowhere. All is compiled in here.
+        with (torch._inductor.config.patch(fx_graph_cache=False), torch._dynamo.config.patch(
+                automatic_dynamic_local_pgo=False), torch._functorch.config.patch(enable_autograd_cache=False)):
+            programs_of(objectives, state, share, rules, fades=stage > 0)
     except Exception as error:
         if not of_the_compiler(error):
             raise
         torch.compiler.reset()
         return Objectives(), f"training.compile: not compiled, goes on without ({why(error)})"
     return objectives, f"compiled in {time.perf_counter() - began:.0f} s"
+
+
+def programs_of(objectives: Objectives, state: TrainState, share: Share, rules: Rules, fades: bool) -> None:
+    """Calls for every program that a stage needs, backwards too; changes nothing of `state`."""
+    for alpha in (0.5, 1.0) if fades else (1.0,):
+        for penalised in {True, rules.penalty_every == 1}:
+            loss, _ = objectives.critic(state, share, alpha, rules, penalised)
+            torch.autograd.grad(loss, list(state.discriminator.parameters()), allow_unused=True)
+        loss, _ = objectives.generator(state, share, alpha, rules)
+        torch.autograd.grad(loss, list(state.generator.parameters()), allow_unused=True)
 
 
 def blank(run: Run, stage: int, device: torch.device) -> Share:
