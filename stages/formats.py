@@ -6,7 +6,6 @@ processor seconds, for a choice that stays must not hang on who else was busy ju
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 
 from gradine.configs.schema import Run
 from gradine.stages.checkpoint import named_moments
-from gradine.stages.loop import initial_state, new_accelerator
+from gradine.stages.loop import initial_state, new_accelerator, use_threads
 from gradine.stages.losses import penalty_divisor
 from gradine.stages.memory import OutOfMemory, allocator_error, forget, out_of_memory_named
 from gradine.stages.pulse import Pulse
@@ -81,7 +80,7 @@ def measure(run: Run, stage: int, pulses: bool = False) -> Iterator[Event]:
     setting = run.stages[stage]
     with listening(), out_of_memory_named(setting):
         accelerator = new_accelerator(setting.gpus == 0, setting.workers)
-        torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.workers))
+        use_threads(setting)
         pulse = Pulse(pulses, setting.batch_size, 0)
         yield from pulse.beat("setup")
         lacks_bfloat16, = slowest(accelerator, float(not has_bfloat16(accelerator.device)))

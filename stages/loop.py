@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-from gradine.configs.schema import EnvironmentFault, Run
+from gradine.configs.schema import EnvironmentFault, Run, Stage
 from gradine.stages import checkpoint, commits, growth
 from gradine.stages.checkpoint import Saver
 from gradine.stages.commits import Term, location_of
@@ -67,7 +67,7 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
                clock: Stopwatch, pulses: bool) -> Iterator[Event]:
     setting, schedule = run.stages[stage], growth.schedule(run)
     accelerator = new_accelerator(setting.gpus == 0, setting.workers)
-    torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.workers))
+    use_threads(setting)
     torch.use_deterministic_algorithms(run.training.deterministic)
     precision, channels_last = run.format_of(setting)
     rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution), precision)
@@ -170,6 +170,11 @@ def new_accelerator(cpu: bool, workers: int) -> Accelerator:
         raise EnvironmentFault("the stage asks for gpus, but torch sees no CUDA device in its worker. Install a CUDA "
                                "build of torch, or set stages.*.gpus=0.")
     return accelerator
+
+
+def use_threads(stage: Stage) -> None:
+    """As many as the stage gives each worker, else this worker's part of the cores."""
+    torch.set_num_threads(stage.threads or max(1, (os.cpu_count() or 1) // stage.workers))
 
 
 def refuse_unequal_starts(accelerator: Accelerator, state: TrainState) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import os
 import socket
 import statistics
 import time
@@ -20,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradine.configs.schema import Run
 from gradine.stages import checkpoint, growth
-from gradine.stages.loop import initial_state, new_accelerator, peak_memory_mb
+from gradine.stages.loop import initial_state, new_accelerator, peak_memory_mb, use_threads
 from gradine.stages.losses import penalty_divisor
 from gradine.stages.memory import LiveBytes, out_of_memory_named, room_gb
 from gradine.stages.networks import Discriminator, Generator, recompute
@@ -47,7 +46,7 @@ def trial(run: Run, stage: int) -> dict[str, float]:
     setting = run.stages[stage]
     with out_of_memory_named(setting):
         accelerator = new_accelerator(setting.gpus == 0, setting.workers)
-        torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.workers))
+        use_threads(setting)
         torch.use_deterministic_algorithms(run.training.deterministic)
         device, workers = accelerator.device, accelerator.num_processes
         state = initial_state(run, stage, None, device, None)
