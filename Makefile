@@ -44,10 +44,11 @@ bench-metrics: .venv/ready  ## ten minutes: metrics beside plain numpy, training
 	$(RUN) tests.bench.evaluation
 
 system-tools:  # what tests inject with and check scripts by; they skip with the reason where this cannot install it
-	@for tool in strace ip faketime shellcheck; do command -v $$tool >/dev/null || missing=1; done; [ -z "$$missing" ] \
-	  || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
-	       && apt-get update -qq && apt-get install -qq -y strace iproute2 faketime shellcheck; } \
-	  || echo "strace, iproute2, faketime or shellcheck missing: install them to run every test"
+	@for tool in strace ip faketime shellcheck; do command -v $$tool >/dev/null || missing=1; done; \
+	[ -d /usr/share/datasets/fashion-mnist ] || missing=1; [ -z "$$missing" ] \
+	  || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq \
+	       && apt-get install -qq -y --no-install-recommends strace iproute2 faketime shellcheck dataset-fashion-mnist; } \
+	  || echo "strace, iproute2, faketime, shellcheck or dataset-fashion-mnist missing: install them to run every test"
 
 clean:
 	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

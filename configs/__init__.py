@@ -1,1 +1,1 @@
-"""Every setting (schema.py), one YAML per recipe, and the bundled demo images."""
+"""Every setting (schema.py), which go together (combinations.py), one YAML per recipe, and the bundled demo images."""

@@ -6,8 +6,7 @@ Images are counted one by one (an int), never in kimg; resolutions are pixels pe
 
 from __future__ import annotations
 
-import difflib
-import os
+import math
 import re
 import typing
 from collections.abc import Iterable
@@ -19,93 +18,45 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gradine.configs.combinations import refuse_senseless
+from gradine.configs.errors import CrashLoop as CrashLoop
+from gradine.configs.errors import Diverged as Diverged
+from gradine.configs.errors import EnvironmentFault as EnvironmentFault
+from gradine.configs.errors import SaveFault as SaveFault
+from gradine.configs.errors import UserError as UserError
+from gradine.configs.errors import hint, is_power_of_two, redacted_urls, refuse_login, refuse_query
+from gradine.configs.errors import one_of as one_of
+from gradine.configs.errors import redacted as redacted
+from gradine.configs.errors import require as require
+
 RECIPES = Path(__file__).parent
 ENCODINGS = ("raw", "png", "webp", "jpeg")
-SECRET_NAMES = re.compile("(TOKEN|SECRET|PASSWORD|PASSWD|_PASS|_AUTH|API_?KEY|ACCESS_KEY|SECRET_KEY|PRIVATE_KEY|"
-                          "WEBHOOK|(?<!GOOGLE_APPLICATION_)CREDENTIALS)$", re.IGNORECASE)  # that one is a path
-# What is no secret to strike out: shorter values stand in any text (a 1, a flag), and a plain word in lower case, such
-# as postgres for a password, stands in paths (/home/postgres) that must stay right. From 12 letters on it may be a
-# pass phrase, and is no longer a word that paths hold by chance.
-NO_SECRET = re.compile(r"[\s\S]{0,7}|[a-z]{8,11}")
 
 
-def redacted(text: str) -> str:
-    """`text` with `***` for the values of secret variables of the environment, and for what URLs keep secret."""
-    for name, value in os.environ.items():
-        if SECRET_NAMES.search(name) and not NO_SECRET.fullmatch(value):
-            text = text.replace(value, "***")
-    return redacted_urls(text)
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """Reals that are drawn, not read: pairs of numbers from equal 2-D normal distributions, whose density is known.
 
+    A pair is an image of 1x1 px with two channels; the run has one stage of resolution 1, and no shards.
+    """
 
-def redacted_urls(text: str) -> str:
-    """https://user:password@host/a.zip?signature=abc -> https://***@host/a.zip?***"""
-    text = re.sub(r"""(\w://)[^/\s?'"]*@""", r"\1***@", text)
-    return re.sub(r"""(\w://[^\s?'"]*\?)[^\s'"]+""", r"\1***", text)
+    kind: str = "none"  # `gaussian`: one; `ring`: modes on a circle; `grid`: modes in a square; `none`: images
+    modes: int = 8  # of the ring; of the grid, a square number
+    radius: float = 0.7  # of the ring; half the side of the grid
+    mean: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of all modes together
+    deviations: list[float] = field(default_factory=lambda: [0.05, 0.05])  # standard ones of each mode, in x and y
+    correlation: float = 0.0  # of x and y in each mode
 
-
-class UserError(ValueError):
-    """Wrong input: one line that names the thing, its value, the rule and the way out. Exit code 2."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*_redacted_texts(arguments))
-
-
-class EnvironmentFault(RuntimeError):
-    """The machine or cluster failed us (disk full, worker lost for good), and another try would meet it again."""
-
-    exit_code = 3
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*_redacted_texts(arguments))
-
-
-def _redacted_texts(arguments: tuple[Any, ...]) -> list[Any]:
-    """Of an error: it may be shown, logged and written down anywhere."""
-    return [redacted(argument) if isinstance(argument, str) else argument for argument in arguments]
-
-
-class SaveFault(EnvironmentFault):
-    """Three checkpoints in a row could not be written."""
-
-    exit_code = 4
-
-
-class CrashLoop(EnvironmentFault):
-    """Training failed three times without progress."""
-
-    exit_code = 5
-
-
-class Diverged(EnvironmentFault):
-    """The state was not finite once more after all roll-backs a run may have."""
-
-    exit_code = 6
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    allowed = list(allowed)
-    require(value in allowed, f"{name}={value!r} is unknown{_hint(value, allowed)} Use one of: {', '.join(allowed)}.")
-
-
-def is_power_of_two(number: int) -> bool:
-    return number > 0 and number & (number - 1) == 0
-
-
-def refuse_login(name: str, location: str) -> None:
-    """UserError for a URL that holds a user or password: settings are written into the run folder."""
-    require("@" not in re.split("[/?#]", location.partition("://")[2], maxsplit=1)[0],
-            f"{name} holds a user and password, which would be written down. Put them into ~/.netrc "
-            "(http) or the environment (AWS_ACCESS_KEY_ID, ...), and leave them out here.")
-
-
-def refuse_query(name: str, location: str) -> None:
-    require("://" not in location or "?" not in location,
-            f"{name}={location!r} has a query, which the files below it cannot have. Give the folder's URL alone.")
+    def __post_init__(self) -> None:
+        one_of("data.points.kind", self.kind, ["none", "gaussian", "ring", "grid"])
+        for name in ("mean", "deviations"):
+            pair = getattr(self, name)
+            require(len(pair) == 2, f"data.points.{name}={pair}: give two numbers, [x, y].")
+        require(min(self.deviations) > 0 and self.radius > 0,
+                f"data.points.deviations={self.deviations}, radius={self.radius} must be positive.")
+        require(-1 < self.correlation < 1, f"data.points.correlation={self.correlation} must lie between -1 and 1.")
+        require(self.modes >= 2 and (self.kind != "grid" or math.isqrt(self.modes) ** 2 == self.modes),
+                f"data.points.modes={self.modes}: use at least 2, and for a grid a square number such as 25.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +81,13 @@ class Data:
     cache_dir: str = "~/.cache/gradine"
     download_gb: float = 50.0  # disk per node for shards of a remote location, downloaded ahead of their use
     deadline_s: float = 600.0  # for one file of a remote location, all retries included
+    points: Points = field(default_factory=Points)  # instead of images: reals of a known density
 
     def __post_init__(self) -> None:
-        require(self.channels in (1, 3), f"data.channels={self.channels}: use 3 for colour or 1 for gray.")
+        if self.points.kind == "none":
+            require(self.channels in (1, 3), f"data.channels={self.channels}: use 3 for colour or 1 for gray.")
+        else:
+            require(self.channels == 2, f"data.channels={self.channels}: a point has two numbers. Use data.channels=2.")
         if not re.fullmatch(r"random-[1-9]\d{0,2}", self.crop):
             one_of("data.crop", self.crop, ["centre", "none", "tile", "random-4"])
         one_of("data.small", self.small, ["reject", "upscale", "pad"])
@@ -163,30 +118,133 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layers:
+    """What the convolutional networks of one resolution (dcgan, autoencoder, vae) are made of."""
+
+    upsampling: str = "transposed"  # `transposed` convolution of stride 2, `nearest` + convolution, pixel `shuffle`
+    pooling: str = "stride"  # of the convolutions; `mean` of 2x2 outputs
+    generator_norm: str = "batch"  # `batch`, `instance`, `pixel` or `none`; never after its last layer
+    discriminator_norm: str = "batch"  # `batch`, `instance`, `virtual` (a fixed batch of reals) or `none`
+    generator_activation: str = "relu"  # or `leaky_relu` of slope 0.2, which the discriminator always has
+    dropout: float = 0.0  # share of the generator's feature maps that a training pass leaves out
+    minibatch: str = "none"  # what D sees of several samples: `stddev` (of groups of 4), `discrimination` or `none`
+
+    def __post_init__(self) -> None:
+        one_of("network.layers.upsampling", self.upsampling, ["transposed", "nearest", "shuffle"])
+        one_of("network.layers.pooling", self.pooling, ["stride", "mean"])
+        one_of("network.layers.generator_norm", self.generator_norm, ["batch", "instance", "pixel", "none"])
+        one_of("network.layers.discriminator_norm", self.discriminator_norm, ["batch", "instance", "virtual", "none"])
+        one_of("network.layers.generator_activation", self.generator_activation, ["relu", "leaky_relu"])
+        one_of("network.layers.minibatch", self.minibatch, ["none", "stddev", "discrimination"])
+        require(0 <= self.dropout < 1, f"network.layers.dropout={self.dropout}: use 0 <= dropout < 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perceptron:
+    """Fully connected networks."""
+
+    width: int = 64  # of a hidden layer
+    depth: int = 2  # hidden layers
+    minibatch: str = "none"  # what D sees of several samples: `stddev` (of groups of 4), `discrimination` or `none`
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth"):
+            require(getattr(self, name) > 0, f"network.mlp.{name}={getattr(self, name)} must be positive.")
+        one_of("network.mlp.minibatch", self.minibatch, ["none", "stddev", "discrimination"])
+
+
+AUTOENCODERS = ("autoencoder", "vae")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Network:
     """Widths: a layer after resolution 2**(s+1) has min(fmap_base / 2**s, fmap_max) channels."""
 
+    kind: str = "progressive"  # or, of one resolution: `dcgan`, `mlp` (fully connected), `autoencoder`, `vae`
     latent_size: int = 512
+    latents: str = "gaussian"  # N(0, 1); `uniform` in -1..1; `sphere`: of radius sqrt(latent_size)
+    output: str = ""  # of the generator: `linear` or `tanh`; "": tanh of dcgan and the autoencoders, else linear
     fmap_base: int = 8192
     fmap_max: int = 512
     pool_before_activation: bool = False  # True: the later program's order; the paper pools after the activation
+    layers: Layers = field(default_factory=Layers)  # of dcgan, autoencoder, vae
+    mlp: Perceptron = field(default_factory=Perceptron)
+    conditioning: str = "none"  # on labels: `concatenated` to D's input, `projection`, `auxiliary` classifier
+    classes: int = 0  # of the labels; with conditioning
+    codes: int = 0  # values of a categorical code that D's Q head reads back from the image (InfoGAN); 0: none
+    continuous_codes: int = 0  # numbers in -1..1 that it reads back too
 
     def __post_init__(self) -> None:
+        one_of("network.kind", self.kind, ["progressive", "dcgan", "mlp", *AUTOENCODERS])
+        one_of("network.latents", self.latents, ["gaussian", "uniform", "sphere"])
+        one_of("network.output", self.output, ["", "linear", "tanh"])
+        one_of("network.conditioning", self.conditioning, ["none", "concatenated", "projection", "auxiliary"])
         for name in ("latent_size", "fmap_base", "fmap_max"):
             require(getattr(self, name) > 0, f"network.{name}={getattr(self, name)} must be positive.")
+        for name in ("classes", "codes", "continuous_codes"):
+            require(getattr(self, name) >= 0, f"network.{name}={getattr(self, name)} must not be negative.")
+
+    @property
+    def autoencodes(self) -> bool:
+        """Whether an encoder takes the discriminator's place."""
+        return self.kind in AUTOENCODERS
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether it is made of `layers`."""
+        return self.kind == "dcgan" or self.autoencodes
+
+    @property
+    def minibatch(self) -> str:
+        """What its D sees of several samples."""
+        of = {"progressive": "stddev", "dcgan": self.layers.minibatch, "mlp": self.mlp.minibatch}
+        return of.get(self.kind, "none")
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the generator's output passes tanh."""
+        return (self.output or ("linear" if self.kind in ("progressive", "mlp") else "tanh")) == "tanh"
+
+    @property
+    def input_size(self) -> int:
+        """Of the generator: noise, then the label one-hot, then the code one-hot, then the continuous codes."""
+        return self.latent_size + self.classes + self.codes + self.continuous_codes
+
+
+LOSSES = ("wasserstein", "minimax", "non_saturating", "least_squares", "hinge", "relativistic")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Objective (WGAN-GP with drift), optimizer (Adam) and what both nets share."""
+    """The game (by default WGAN-GP with drift), its optimizers and what both nets share. See docs/toolbox.md."""
 
     seed: int = 0  # all randomness is a function of (seed, images seen, purpose)
-    penalty_weight: float = 10.0
+    loss: str = "wasserstein"  # or `minimax`, `non_saturating`, `least_squares`, `hinge`, `relativistic` (pairs)
+    penalty: str = "gradient"  # norm to its target between reals and fakes; `r1`: to 0 at reals, `r1+r2`: at both
+    penalty_weight: float = 10.0  # of `r1` and `r2`: gamma, of which half is the factor
     penalty_target: float = 1.0  # norm the gradient is pulled to; 750 in the paper's CIFAR-10 setting
     penalty_at: str = "current"  # `final`: the norm as seen from the final resolution, as the published runs have it
-    drift: float = 0.001  # weight of D(real)**2
+    drift: float = 0.001  # weight of D(real)**2, with the Wasserstein loss
+    clip: float = 0.0  # D's weights stay within -clip..clip; 0: any
+    real_labels: list[float] = field(default_factory=lambda: [1.0])  # D's target: [0.9]; drawn between two: [0.7, 1.2]
+    fake_labels: list[float] = field(default_factory=lambda: [0.0])  # the same for fakes: [0, 0.3]
+    flip_labels: float = 0.0  # probability that a sample has the other's target
+    feature_matching: bool = False  # G matches the mean of D's inner features instead of raising scores
+    historical_averaging: float = 0.0  # weight of |weights - their mean since the phase began|**2, of both players
+    diversity: float = 0.0  # weight of: D's features of reals lie farther apart than those of fakes (D up, G down)
+    classification: float = 1.0  # weight of the auxiliary classifier's loss, in both players' objectives
+    information: float = 1.0  # weight of the codes' mutual-information bound, in both players' objectives
+    likelihood_std: float = 0.1  # of the vae's pixels around what its decoder gives
+    d_steps: int = 1  # steps of D for one of G; each shows a batch of reals
+    g_steps: int = 1  # steps of G after it
+    optimizer: str = "adam"  # of G; or `sgd`
+    discriminator_optimizer: str = ""  # "": the same
+    discriminator_rate: float = 1.0  # D's learning rate over the stage's
     beta1: float = 0.0
     beta2: float = 0.99
+    momentum: float = 0.9  # of sgd
+    nesterov: bool = False
+    augment: str = "none"  # of all that D sees: `always` (DiffAugment), `adaptive`: as often as D overfits (ADA)
     lr_ramp_images: int = 0  # the learning rate climbs from 0 over the run's first images; 40,000 in the paper
     average_half_life: int = 10_000  # images after which a weight has lost half its say in the averaged generator
     mirror: bool = True  # flip each real left-right with probability 1/2
@@ -198,18 +256,39 @@ class Training:
     deterministic: bool = False  # bit-equal repeats: slower on GPUs; an open format is bf16 channels last, unmeasured
 
     def __post_init__(self) -> None:
+        one_of("training.loss", self.loss, LOSSES)
+        one_of("training.penalty", self.penalty, ["gradient", "r1", "r1+r2", "none"])
         one_of("training.penalty_at", self.penalty_at, ["current", "final"])
         one_of("training.precision", self.precision, ["auto", "float32", "bfloat16"])
+        one_of("training.optimizer", self.optimizer, ["adam", "sgd"])
+        one_of("training.discriminator_optimizer", self.discriminator_optimizer, ["", "adam", "sgd"])
+        one_of("training.augment", self.augment, ["none", "always", "adaptive"])
         require(self.penalty_weight >= 0 and self.drift >= 0,
                 f"training.penalty_weight={self.penalty_weight}, drift={self.drift} must not be negative.")
+        for name in ("clip", "historical_averaging", "diversity", "classification", "information"):
+            require(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative.")
+        for name in ("d_steps", "g_steps"):
+            require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("real_labels", "fake_labels"):
+            ends = getattr(self, name)
+            require(len(ends) in (1, 2) and sorted(ends) == ends,
+                    f"training.{name}={ends}: give one target, [0.9], or the two it is drawn between, [0.7, 1.2].")
+        require(0 <= self.flip_labels < 0.5, f"training.flip_labels={self.flip_labels}: use 0 <= flip_labels < 0.5.")
         require(self.penalty_target > 0, f"training.penalty_target={self.penalty_target} must be positive.")
+        require(self.likelihood_std > 0, f"training.likelihood_std={self.likelihood_std} must be positive.")
         require(0 <= self.beta1 < 1, f"training.beta1={self.beta1}: use 0 <= beta1 < 1.")
         require(0 < self.beta2 < 1, f"training.beta2={self.beta2}: use 0 < beta2 < 1.")
+        require(0 <= self.momentum < 1, f"training.momentum={self.momentum}: use 0 <= momentum < 1.")
+        require(self.discriminator_rate > 0, f"training.discriminator_rate={self.discriminator_rate} must be positive.")
         require(self.penalty_every >= 1, f"training.penalty_every={self.penalty_every} must be at least 1.")
         require(self.recompute_from == 0 or (self.recompute_from >= 8 and is_power_of_two(self.recompute_from)),
                 f"training.recompute_from={self.recompute_from} is no resolution of a block: use 8, 16, 32, ... or 0.")
         require(self.average_half_life > 0, f"training.average_half_life={self.average_half_life} must be positive.")
         require(self.lr_ramp_images >= 0, f"training.lr_ramp_images={self.lr_ramp_images} must not be negative.")
+
+    def optimizer_of(self, role: str) -> str:
+        """`adam` or `sgd`, of `generator` or `discriminator`."""
+        return (role == "discriminator" and self.discriminator_optimizer) or self.optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +312,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         where = f"stage {self.resolution}px"
-        require(self.resolution >= 4 and is_power_of_two(self.resolution),
+        require((self.resolution >= 4 or self.resolution == 1) and is_power_of_two(self.resolution),
                 f"{where}: resolution={self.resolution} must be a power of two from 4 up, "
                 f"e.g. {2 ** max(2, round(self.resolution).bit_length() - 1)}.")
         for name in ("fade_images", "hold_images", "micro_batch", "threads"):
@@ -271,7 +350,8 @@ class Checkpoints:
         refuse_query("checkpoints.location", self.location)
 
 
-FAMILIES = ("swd", "ms_ssim", "fd", "kid", "neighbors", "is", "path_length", "copies", "discriminator")  # of metrics
+FAMILIES = ("swd", "ms_ssim", "fd", "kid", "neighbors", "is", "path_length", "copies", "discriminator",
+            "classes")  # of metrics; the last of conditional runs alone
 FEATURES = {"pixels": "pixels16", "lite0": "lite0_224", "lite0_128": "lite0_128", "inception": "inception",
             "inception_clean": "inception_clean"}  # settings -> what the metrics' names end with
 FORMER_METRICS = {"frechet_pixels16": "fd_pixels16"}  # names in runs of before 0.2
@@ -383,6 +463,7 @@ class Run:
             require(stage.fade_images + stage.hold_images > 0,
                     f"stage {stage.resolution}px: fade_images=0 and hold_images=0 leave it nothing to train on. "
                     "Give it some, or take it and the stages above it out.")
+        refuse_senseless(self)
         final, base = sizes[-1], self.network.fmap_base
         require(base >= final // 2, f"network.fmap_base={base} leaves layers at {final}px without a channel. "
                                     f"Use at least {final // 2}.")
@@ -518,9 +599,9 @@ def find_recipe(recipe: str | Path) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
-    bundled = {file.stem: file for file in RECIPES.glob("*.yaml")}
+    bundled = {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in RECIPES.rglob("*.yaml")}
     require(str(recipe) in bundled, f"no configuration {str(recipe)!r}: neither a file nor a bundled recipe"
-                                    f"{_hint(str(recipe), bundled)} Bundled: {', '.join(sorted(bundled))}.")
+                                    f"{hint(str(recipe), bundled)} Bundled: {', '.join(sorted(bundled))}.")
     return bundled[str(recipe)]
 
 
@@ -581,7 +662,7 @@ def _refuse_unknown_keys(raw: Any, schema: Any, prefix: str) -> None:
     if not isinstance(raw, dict):
         raise UserError(f"{prefix.rstrip('.')} must hold `key: value` lines with keys: {', '.join(known)}.")
     for key, value in raw.items():
-        require(key in known, f"{prefix}{key} is not a setting{_hint(str(key), known)} Known: {', '.join(known)}.")
+        require(key in known, f"{prefix}{key} is not a setting{hint(str(key), known)} Known: {', '.join(known)}.")
         kind = kinds[key]
         if is_dataclass(kind) and value is not None:
             _refuse_unknown_keys(value, kind, f"{prefix}{key}.")
@@ -591,8 +672,3 @@ def _refuse_unknown_keys(raw: Any, schema: Any, prefix: str) -> None:
             of = typing.get_args(kind)[0]
             for index, item in enumerate(value if is_dataclass(of) else ()):
                 _refuse_unknown_keys(item, of, f"{prefix}{key}.{index}.")
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."

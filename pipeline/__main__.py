@@ -31,6 +31,8 @@ Until = Annotated[str, typer.Option(
 Queue = Annotated[bool, typer.Option(
     "--queue", help="Wait while another process has this run, until --until at most; without it, that is refused.")]
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/demo.")]
+ExploreOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: RUN/explore/WHAT.")]
+ExploreCheckpoint = Annotated[str, typer.Option("--checkpoint", help="Name of a checkpoint; default: the newest.")]
 Job = Annotated[str, typer.Argument(metavar="RUN", help="The name of a run, or the id of one of its jobs.")]
 Address = Annotated[str, typer.Option(help="URL of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, else "
                                            "RAY_ADDRESS if it is a URL, else http://127.0.0.1:8265.")]
@@ -131,11 +133,15 @@ def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", 
             checkpoint: Annotated[str, typer.Option(help="Of this name, in each run.")] = "",
             stage: Annotated[int, typer.Option(
                 metavar="RESOLUTION", help="Default: the highest whose end all runs have measured.")] = 0,
-            as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Put the figures of runs side by side; refuses what was not measured alike. Nothing is computed."""
+            as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+            picture: Annotated[Path | None, typer.Option(
+                metavar="FILE.png", help="Also draw it, with samples of each.")] = None) -> None:
+    """Put the figures of runs side by side; refuses what was not measured alike. Runs that differ by training.seed
+    alone are one recipe: its mean over seeds, with their standard deviation.
+    """
     from gradine.pipeline.compare import compare_runs
 
-    typer.echo(compare_runs(folders, checkpoint, stage, as_json))
+    typer.echo(compare_runs(folders, checkpoint, stage, as_json, picture))
 
 
 @app.command()
@@ -148,6 +154,104 @@ def sample(folder: Folder,
     from gradine.pipeline.commands import sample_run
 
     sample_run(folder, out, count, seed, checkpoint)
+
+
+explore = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(explore, name="explore", subcommand_metavar="WHAT [OPTIONS]...")
+
+
+@explore.callback()
+def exploring(context: typer.Context, folder: Folder) -> None:
+    """Look into what the averaged generator of RUN has learnt; `gradine explore RUN WHAT --help` tells the options.
+
+    An image is named SEED:INDEX, e.g. 7:3 for image 3 of `gradine sample RUN --seed 7`; INDEX alone is of seed 0.
+    """
+    context.obj = folder
+
+
+@explore.command()
+def interpolate(context: typer.Context,
+                seeds: Annotated[str, typer.Option(help="Images with commas between them, e.g. 1,2,7:3.")],
+                steps: Annotated[int, typer.Option(min=2, help="Images of a strip.")] = 16,
+                video: Annotated[bool, typer.Option("--video/--no-video", help="Also an mp4 through them.")] = True,
+                out: ExploreOut = None, checkpoint: ExploreCheckpoint = "") -> None:
+    """Strips from each image to the next along great circles, and a video."""
+    from gradine.pipeline import explore
+
+    explore.interpolate(context.obj, seeds, steps, video, out, checkpoint)
+
+
+@explore.command()
+def arithmetic(context: typer.Context,
+               plus: Annotated[str, typer.Option(metavar="A", help="E.g. smiling women: 1,4,9.")],
+               minus: Annotated[str, typer.Option(metavar="B", help="E.g. women.")],
+               plus_too: Annotated[str, typer.Option(metavar="C", help="E.g. men; may be left out.")] = "",
+               out: ExploreOut = None, checkpoint: ExploreCheckpoint = "") -> None:
+    """The image of mean z(A) - mean z(B) + mean z(C), below the three groups and their means."""
+    from gradine.pipeline import explore
+
+    explore.arithmetic(context.obj, (plus, minus, plus_too), out, checkpoint)
+
+
+@explore.command()
+def direction(context: typer.Context,
+              classes: Annotated[str, typer.Option("--class", metavar="K,...", help="Numbers of classes, from 0.")],
+              classifier: Annotated[str, typer.Option(
+                  metavar="MODULE:FUNCTION", help="FUNCTION() gives a callable: images [N, C, R, R] in [-1, 1] -> "
+                  "logits [N, K]; `discriminator`: that of a run with conditioning=auxiliary.")] = "",
+              labels: Annotated[Path | None, typer.Option(
+                  metavar="FILE", help="CSV of seed,label or JSON {seed: label}: from the mean of the others to that "
+                  "of class K, instead of along the classifier's gradients.")] = None,
+              steps: Annotated[int, typer.Option(min=1, help="At most, until the classifier says yes.")] = 100,
+              reach: Annotated[float, typer.Option(
+                  min=1e-6, help="Strips go so far both ways, in standard deviations of the latents.")] = 3,
+              count: Annotated[int, typer.Option(min=1, help="Rows of a strip.")] = 8,
+              seed: int = 0, out: ExploreOut = None, checkpoint: ExploreCheckpoint = "") -> None:
+    """A direction in which images become class K, its strip, and what it does to the other classes."""
+    from gradine.pipeline import explore
+
+    explore.direction(context.obj, classifier, labels, classes, steps, reach, count, seed, out, checkpoint)
+
+
+@explore.command()
+def neighbours(context: typer.Context, count: Annotated[int, typer.Option(min=1, help="Samples.")] = 8,
+               features: Annotated[str, typer.Option(
+                   help="Near by these: pixels, lite0, ... as in evaluation.features.")] = "pixels",
+               seed: int = 0, out: ExploreOut = None, checkpoint: ExploreCheckpoint = "") -> None:
+    """Each sample beside the training images that are nearest to it."""
+    from gradine.pipeline import explore
+
+    explore.neighbours(context.obj, count, features, seed, out, checkpoint)
+
+
+@explore.command()
+def invert(context: typer.Context, images: Annotated[list[Path], typer.Argument(metavar="IMAGE...")],
+           steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 300,
+           restarts: Annotated[int, typer.Option(min=1, help="Latents to start from; the best end counts.")] = 8,
+           rate: Annotated[float, typer.Option(min=1e-6, help="Learning rate at the start.")] = 0.1,
+           seed: int = 0, out: ExploreOut = None, checkpoint: ExploreCheckpoint = "") -> None:
+    """Find latents whose images are nearest to IMAGE...; of autoencoders, by their encoder."""
+    from gradine.pipeline import explore
+
+    explore.invert(context.obj, images, steps, restarts, rate, seed, out, checkpoint)
+
+
+@explore.command()
+def traverse(context: typer.Context, rows: Annotated[int, typer.Option(min=1, help="Noise vectors.")] = 8,
+             columns: Annotated[int, typer.Option(min=2, help="Values of a continuous code, from -2 to 2.")] = 9,
+             seed: int = 0, out: ExploreOut = None, checkpoint: ExploreCheckpoint = "") -> None:
+    """Sheets of all labels and codes: each row has its own noise, each column a value."""
+    from gradine.pipeline import explore
+
+    explore.traverse(context.obj, rows, columns, seed, out, checkpoint)
+
+
+@explore.command()
+def game(context: typer.Context, out: ExploreOut = None) -> None:
+    """For a run of points: each checkpoint as a frame, and all of them as a video."""
+    from gradine.pipeline import explore
+
+    explore.game(context.obj, out)
 
 
 @app.command()

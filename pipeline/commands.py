@@ -72,7 +72,7 @@ without ~ from this run's own speed""")
     if cluster:
         sizes = [stage.resolution for stage in run.stages]
         levels = scaling.levels_of(run, {size: read_index(run.data, size) for size in sizes
-                                         if has_level(run.data, size)})
+                                         if run.data.points.kind == "none" and has_level(run.data, size)})
         found = scaling.predictions(run, asked, cluster, [row["left"] for row in rows], levels,
                                     scaling.Measured.of(folder.history()))
         print(f"\n{scaling.page(found, cluster)}")

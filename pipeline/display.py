@@ -21,6 +21,7 @@ from gradine.pipeline.run_dir import append_whole, warn
 from gradine.stages import growth
 
 LOG_EVERY_S = 15.0
+LOSSES = {"D": "loss_d", "G": "loss_g", "reconstruction": "reconstruction"}  # of which a tick may lack any
 
 
 class Display:
@@ -61,9 +62,10 @@ class Display:
         """`  16px fade   alpha 0.42    12.3 of 40.0 kimg   130 images/s   D -3.1  G 0.9   3 min left`."""
         rate = self.rates.get(event["resolution"])
         masked = f"  {sum(event['masked']):g} updates masked" if any(event["masked"]) else ""
+        losses = "  ".join(f"{name} {event[figure]:8.3f}" for name, figure in LOSSES.items() if figure in event)
         return (f"{event['resolution']:>5}px {event['phase']:<4}  alpha {event['alpha']:.2f}  "
                 f"{event['images_seen'] / 1000:>8.1f} of {self.schedule.end / 1000:.1f} kimg  "
-                f"{f'{rate:.0f}' if rate else '-':>5} images/s  D {event['loss_d']:8.3f}  G {event['loss_g']:8.3f}  "
+                f"{f'{rate:.0f}' if rate else '-':>5} images/s  {losses}  "
                 f"{duration(seconds_left(self.run, event['images_seen'], self.rates))} left{masked}")
 
 

@@ -123,7 +123,8 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None, take_
                 read_index(unseen, stage.resolution)  # or UserError
         whole = all(has_level(run.data, stage.resolution) for stage in run.stages)
         if whole:
-            refuse_other_settings(run.data)
+            if run.data.points.kind == "none":
+                refuse_other_settings(run.data)
             pinned_data(run, folder, plan.start)
         if not whole and shard_if_needed:
             locate(run.data.source)
@@ -140,7 +141,7 @@ def train(run: Run, shard_if_needed: bool, display: Display | None = None, take_
             try:
                 refuse_unplaceable(run, plan, folder.tell)
                 warn_of_features(run, folder)
-                if shard_if_needed:
+                if shard_if_needed and run.data.points.kind == "none":
                     make_shards(run, folder, shown, whole)
                 term = open_run(run, folder, plan, shown)
                 session = Session(run, folder, shown, signals, term, held)

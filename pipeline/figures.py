@@ -32,6 +32,10 @@ KINDS = {  # in the order in which they are read
     "swd": Kind("SWD", "lower", DISTANCE),
     "fd": Kind("Fréchet distance", "lower", DISTANCE),
     "kid": Kind("KID", "lower", DISTANCE),
+    "class_fd": Kind("Fréchet distance, class by class", "lower", DISTANCE),
+    "reconstruction": Kind("Reconstruction error", "lower", DISTANCE),
+    "mean_error": Kind("Error of the mean", "lower", DISTANCE),
+    "covariance_error": Kind("Error of the covariance", "lower", DISTANCE),
     "is": Kind("Inception score", "higher", DISTANCE),
     "precision": Kind("Precision", "higher", VARIETY),
     "recall": Kind("Recall", "higher", VARIETY),
@@ -41,8 +45,12 @@ KINDS = {  # in the order in which they are read
     "spread": Kind("Spread", None, VARIETY),  # 1 is right
     "duplicates": Kind("Duplicates", "lower", VARIETY),
     "path_length": Kind("Path length", "lower", VARIETY),
+    "modes": Kind("Modes found", "higher", VARIETY),
+    "high_quality": Kind("Fakes close to a mode", "higher", VARIETY),
     "copy_rate": Kind("Copy rate", "lower", COPIES),
     "discriminator": Kind("Accuracy of the discriminator", None, PLAYERS),
+    "optimal_discriminator": Kind("Farthest from the optimal discriminator", "lower", PLAYERS),
+    "class_accuracy": Kind("Fakes of the class asked for, to the discriminator", "higher", PLAYERS),
 }
 FEATURE_WORDS = {"pixels16": "pixels at 16 px", "lite0_224": "lite0 at 224 px", "lite0_128": "lite0 at 128 px",
                  "inception": "Inception", "inception_clean": "Inception, antialiased"}
@@ -187,8 +195,8 @@ def interval_text(row: Row) -> str:
 
 def parts_text(row: Row) -> str:
     """`16 px: 6.5, 32 px: 8`, of SWD's levels; of tables of tables `held_out accepted: 0.4`."""
-    return ", ".join(f"{name} px: {figure_text(value)}" if name.isdecimal() else f"{name}: {figure_text(value)}"
-                     for name, value in _flat(row["parts"] or {}))
+    unit = " px" if row["metric"] == "swd" else ""
+    return ", ".join(f"{name}{unit}: {figure_text(value)}" for name, value in _flat(row["parts"] or {}))
 
 
 def _flat(parts: dict[str, Any], above: str = "") -> Iterator[tuple[str, float | None]]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Line = dict[str, Any]  # of ledger.jsonl or metrics.jsonl
 COLUMNS = 8  # of a grid
 LARGE_ROWS, PAIR_ROWS = 8, 4  # of a grid: as many as are shown large, and beside the reals
+CLASS_ROWS = 16  # of both at most, where each row is a class
 LARGE_PX, PAIR_PX = 1024, 768  # width a picture is reduced to: nine stages stay below about 8 MB
 REJECTED_SHOWN, EVENTS_SHOWN, ALARMS_SHOWN = 20, 100, 20
 
@@ -52,12 +53,13 @@ def write_report(run_dir: RunDir) -> Path:
     stages = [stage_facts(run, index, span, history) for index, span in enumerate(spans)]
     rows = figures.latest(run_dir.lines("metrics.jsonl"), fullest=True)
     results = [result for stage, span in zip(run.stages, spans, strict=True)
-               if (result := stage_result(run_dir, rows, stage.resolution, span))]
+               if (result := stage_result(run_dir, rows, stage.resolution, span, run.network.classes))]
     distances = [row for result in results if (row := result.metrics.get("swd"))]
     ticks = [line for line in history if line["event"] == "tick"]
     page = template("report.html.jinja").render(
         run=run, reached=reached, end=plan.end, seconds=working_seconds(ledger), stages=stages, results=results,
-        hero=newest_samples(results), panels=curves(ticks, plan, reached), distance=distance_by_stage(distances),
+        hero=newest_samples(results, run.network.classes), panels=curves(ticks, plan, reached),
+        distance=distance_by_stage(distances),
         course=distances_over_checkpoints(rows, spans, run, plan, reached),
         final=next((row for row in reversed(distances) if row["value"] is not None), None),
         shards=_last(ledger, "shards"), rejected=rejected(run), rejected_shown=REJECTED_SHOWN,
@@ -115,10 +117,11 @@ class Result:
     neighbors_seen: int | None = None
 
 
-def stage_result(run_dir: RunDir, rows: list[Line], resolution: int, span: tuple[int, int]) -> Result | None:
+def stage_result(run_dir: RunDir, rows: list[Line], resolution: int, span: tuple[int, int], classes: int = 0
+                 ) -> Result | None:
     """Of files and rows inside the stage's span: those of a branch that was given up may lie beyond it.
 
-    Shown is the last checkpoint of which an evaluation worked.
+    Shown is the last checkpoint of which an evaluation worked. Points, of 1 px, have a plot instead of a grid.
     """
     own = [row for row in rows if row["resolution"] == resolution and span[0] < row["images_seen"] <= span[1]]
     shown = max(own, key=lambda row: (not row["failed"], row["images_seen"]), default={"checkpoint": None})
@@ -131,9 +134,11 @@ def stage_result(run_dir: RunDir, rows: list[Line], resolution: int, span: tuple
     if grid is None:
         found = Result(resolution, metrics, neighbors=nearest, neighbors_seen=neighbors_seen)
         return found if metrics or nearest else None
+    if resolution == 1:
+        return Result(resolution, metrics, path, seen)
     tiles = min(COLUMNS, max(1, grid.width // resolution))
     strip = grid.crop((0, 0, tiles * resolution, resolution))
-    fakes, reals = (embed(top_of(image, PAIR_ROWS * resolution), PAIR_PX) if image else None
+    fakes, reals = (embed(top_of(image, rows_of(classes, PAIR_ROWS) * resolution), PAIR_PX) if image else None
                     for image in (grid, beside))
     return Result(resolution, metrics, path, seen, fakes, reals, embed(strip, LARGE_PX), tiles, nearest,
                   neighbors_seen)
@@ -149,12 +154,18 @@ def newest_picture(run_dir: RunDir, resolution: int, span: tuple[int, int], kind
     return (seen, files[seen], picture) if seen is not None and picture else (None, None, None)
 
 
-def newest_samples(results: list[Result]) -> tuple[Result, Picture] | None:
+def newest_samples(results: list[Result], classes: int = 0) -> tuple[Result, Picture] | None:
     """The newest stage with samples, and these as large as the page has them."""
     for result in reversed(results):
         if result.samples and (grid := opened(result.samples)):
-            return result, embed(top_of(grid, LARGE_ROWS * result.resolution), LARGE_PX)
+            shown = grid if result.resolution == 1 else top_of(grid, rows_of(classes, LARGE_ROWS) * result.resolution)
+            return result, embed(shown, LARGE_PX)
     return None
+
+
+def rows_of(classes: int, usual: int) -> int:
+    """How many of a grid's rows are shown."""
+    return min(classes, CLASS_ROWS) or usual
 
 
 # Pictures ----------------------------------------------------------------------------------------------------------
@@ -212,27 +223,36 @@ class Panel:
 
 
 PANELS = (
-    Panel("Losses", ("loss_d", "loss_g"), False, "Of the discriminator (with its penalty) and the generator."),
+    Panel("Losses", ("loss_d", "loss_g"), False, "Of the discriminator and the generator, with all their terms."),
+    Panel("Reconstruction", ("reconstruction",), True, "Mean squared error of what comes back from the latents."),
+    Panel("Divergence", ("divergence",), False, "In nats: what the latents of an image tell beyond the prior; at 0 "
+                                                "nothing."),
     Panel("Scores", ("score_real", "score_fake"), False, "Mean score of reals and fakes; their gap estimates how far "
                                                          "apart the discriminator sees them."),
     Panel("Penalty and gradient norm", ("penalty", "gradient_norm"), True, "The norm is what the penalty pulls to its "
                                                                            "target."),
+    Panel("Class and code", ("classification", "information"), False, "In nats: how wrong the discriminator is about "
+                                                                      "them."),
+    Panel("Gradient of the generator", ("gradient_g",), True, "Its largest entry; where it vanishes, nothing "
+                                                              "is learned."),
+    Panel("Augmentation", ("augmentation",), False, "Probability that an image is changed before the discriminator "
+                                                    "sees it."),
     Panel("Speed", ("images_per_s",), True, "Images per second, waits and checkpoints included."),
 )
 
 
 def curves(ticks: list[Line], plan: growth.Schedule, reached: int) -> list[Panel]:
-    """Each panel over images seen; one without a single finite point is left out."""
+    """Each panel over images seen, of what the run has: series without a single finite point are left out."""
     drawn = []
     for panel in PANELS:
-        points = [_finite(ticks, name, panel.log) for name in panel.series]
-        if any(x.size for x, _ in points):
+        known = {name: (x, y) for name in panel.series for x, y in [_finite(ticks, name, panel.log)] if x.size}
+        if known:
             figure, axes = _figure(panel.log)
-            for color, (x, y) in zip(SERIES, points, strict=False):
+            for color, (x, y) in zip(SERIES, known.values(), strict=False):
                 _plot(axes, x, y, color)
-            beyond = _limit(axes, np.concatenate([y for _, y in points]), panel.log)
+            beyond = _limit(axes, np.concatenate([y for _, y in known.values()]), panel.log)
             _mark_stages(axes, plan, reached)
-            drawn.append(Panel(panel.title, panel.series, panel.log, panel.meaning, _svg(figure, panel.title), beyond))
+            drawn.append(Panel(panel.title, (*known,), panel.log, panel.meaning, _svg(figure, panel.title), beyond))
     return drawn
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gradine.configs.combinations import coupling
 from gradine.configs.schema import CrashLoop, Diverged, EnvironmentFault, Run, dump, redacted
 from gradine.pipeline import plan as planning
 from gradine.pipeline.cluster import one_line
@@ -24,7 +25,7 @@ from gradine.pipeline.run_dir import RunDir
 from gradine.pipeline.signals import Signals, Stopped
 from gradine.stages import commits, growth
 from gradine.stages.commits import Checkpoint, Term, location_of
-from gradine.stages.data import Images
+from gradine.stages.data import opened
 from gradine.stages.memory import OutOfMemory, smaller_micro_batch
 from gradine.stages.store import Store, write_atomic
 from gradine.stages.watch import NonFinite
@@ -273,7 +274,7 @@ class Session:
     def take_fewer(self, error: OutOfMemory | HostMemory, index: int) -> None:
         """The stage's next smaller micro-batch, kept in config.yaml; batch and stddev groups stay."""
         stage = self.run.stages[index]
-        micro = smaller_micro_batch(stage)
+        micro = None if coupling(self.run) else smaller_micro_batch(stage)
         if micro is None:
             from gradine.pipeline.preflight import no_room  # which itself asks this module where a run stands
 
@@ -296,7 +297,7 @@ class Session:
             (folder / f"failure-{count}.txt").write_text(redacted(plain))
         moment = growth.at(self.schedule, min(self.last_tick, self.schedule.end - 1))
         data = replace(self.run.data, cache_gb=0)  # order alone is asked for
-        with suppress(Exception), closing(Images(data, moment.phase.resolution)) as images:
+        with suppress(Exception), closing(opened(data, moment.phase.resolution)) as images:
             ids = images.sampler(self.run.training.seed)(self.last_tick, 4 * moment.phase.batch_size)
             (folder / "images.json").write_text(json.dumps({"images_seen": self.last_tick, "ids": ids.tolist()}))
         return folder

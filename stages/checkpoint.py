@@ -26,7 +26,8 @@ from gradine.stages.store import is_remote
 from gradine.stages.watch import NonFinite
 
 FAILED_SAVES_IN_A_ROW = 3
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam, per parameter
+PLAYERS = ("generator", "discriminator")
+MOMENTS = {torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}  # per parameter
 
 
 def name_of(resolution: int, phase: str, images_seen: int) -> str:
@@ -206,16 +207,21 @@ def parts_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
     """Every tensor that is saved, per file, where and as it is."""
     parts = {role: getattr(state, role).state_dict() for role in NETWORKS}
     parts["optimizers"] = {f"{role}.{name}.{moment}": value
-                           for role in ("generator", "discriminator")
+                           for role in PLAYERS
                            for name, moments in named_moments(state, role)
-                           for moment, value in moments.items()}
+                           for moment, value in moments.items() if value is not None}
+    for role, history in state.histories.items():
+        parts["optimizers"] |= {f"{role}.{name}.history": mean for name, mean in history.means.items()}
+        parts["optimizers"][f"{role}.history_steps"] = torch.tensor(float(history.steps))
+    if state.augmentation is not None:
+        parts["optimizers"]["augmentation"] = state.augmentation
     return parts
 
 
 def named_moments(state: TrainState, role: str) -> Iterable[tuple[str, dict[str, Tensor]]]:
-    adam = getattr(state, f"{role}_adam")
-    return [(name, adam.state[parameter]) for name, parameter in getattr(state, role).named_parameters()
-            if parameter in adam.state]
+    optimizer = getattr(state, f"{role}_optimizer")
+    return [(name, optimizer.state[parameter]) for name, parameter in getattr(state, role).named_parameters()
+            if parameter in optimizer.state]
 
 
 def restore(state: TrainState, files: dict[str, bytes]) -> None:
@@ -223,20 +229,35 @@ def restore(state: TrainState, files: dict[str, bytes]) -> None:
 
     Raises Damaged, or UserError where it holds other tensors than this stage's networks have.
     """
-    info, moments = state_of(files["state.json"]), load_tensors(files, "optimizers")
+    info, stored = state_of(files["state.json"]), load_tensors(files, "optimizers")
     for role in NETWORKS:
         load_network(getattr(state, role), role, files)
-    wanted = {f"{role}.{name}.{key}": (role, parameter, key) for role in ("generator", "discriminator")
-              for name, parameter in getattr(state, role).named_parameters() for key in MOMENTS}
-    if moments:  # none before the first step of a phase
-        shapes = {name: torch.Size() if key == "step" else parameter.shape
-                  for name, (_, parameter, key) in wanted.items()}
-        refuse_others("optimizers", moments, shapes)
-    for name, tensor in moments.items():
-        role, parameter, key = wanted[name]
-        like = tensor.to(parameter.device, copy=True)
-        getattr(state, f"{role}_adam").state[parameter][key] = (
-            like if key == "step" else _laid_out_as(like, parameter))
+    wanted: dict[str, torch.Size] = {}
+    for role in PLAYERS:
+        optimizer, history = getattr(state, f"{role}_optimizer"), state.histories.get(role)
+        kinds = MOMENTS[type(optimizer)] if optimizer.defaults.get("momentum") != 0 else ()
+        if any(name.startswith(f"{role}.") and name.endswith(kinds) for name in stored):  # none before its first step
+            wanted |= {f"{role}.{name}.{key}": torch.Size() if key == "step" else parameter.shape
+                       for name, parameter in getattr(state, role).named_parameters() for key in kinds}
+        if history:
+            wanted |= {f"{role}.{name}.history": mean.shape for name, mean in history.means.items()}
+            wanted[f"{role}.history_steps"] = torch.Size()
+    if state.augmentation is not None:
+        wanted["augmentation"] = torch.Size()
+    refuse_others("optimizers", stored, wanted)
+    for role in PLAYERS:
+        optimizer, history = getattr(state, f"{role}_optimizer"), state.histories.get(role)
+        for name, parameter in getattr(state, role).named_parameters():
+            for key in MOMENTS[type(optimizer)]:
+                if (tensor := stored.get(f"{role}.{name}.{key}")) is not None:
+                    like = tensor.to(parameter.device, copy=True)
+                    optimizer.state[parameter][key] = like if key == "step" else _laid_out_as(like, parameter)
+            if history:
+                history.means[name].copy_(stored[f"{role}.{name}.history"])
+        if history:
+            history.steps = int(stored[f"{role}.history_steps"])
+    if state.augmentation is not None:
+        state.augmentation.copy_(stored["augmentation"])
     state.images_seen = info["images_seen"]
     state.masked.copy_(torch.tensor(info["masked"]))
 

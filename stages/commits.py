@@ -341,7 +341,7 @@ def state_of(content: bytes, where: str = "state.json") -> dict[str, Any]:
         if info["schema"] == 1:  # `skipped` was the count of masked updates there
             info = {**info, "masked": info["skipped"], "skipped": []}
         size = _count(info["resolution"])
-        if size < 4 or size & (size - 1) or size > 1 << 20 or info["phase"] not in PHASES:
+        if size in (0, 2) or size & (size - 1) or size > 1 << 20 or info["phase"] not in PHASES:
             raise Damaged(f"resolution={size}, phase={info['phase']!r:.80}")
         if type(info["stage_end"]) is not bool:
             raise Damaged(f"stage_end={info['stage_end']!r:.80}")

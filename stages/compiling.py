@@ -12,7 +12,7 @@ import time
 import torch
 
 from gradine.configs.schema import Run
-from gradine.stages.growth import micro_batches
+from gradine.stages.data import noise
 from gradine.stages.step import Objectives, Rules, Share, TrainState, critic_objective, generator_objective
 
 
@@ -34,8 +34,8 @@ def compiled(run: Run, stage: int, state: TrainState, rules: Rules) -> tuple[Obj
 
     objectives = Objectives(
         lambda state, share, alpha, rules, penalised: critic(state, share, shown(alpha), rules, penalised),
-        lambda state, share, alpha, rules: generator(state, share, shown(alpha), rules))
-    share = blank(run, stage, device)
+        lambda state, share, alpha, rules, turn: generator(state, share, shown(alpha), rules, turn))
+    share = noise(run, stage, 0, run.stages[stage].workers)[0].to(device)
     try:
         # The compiler's own caches on disk are pickles, which gradine reads from nowhere. All is compiled in here.
         with (torch._inductor.config.patch(fx_graph_cache=False), torch._dynamo.config.patch(
@@ -52,21 +52,12 @@ def compiled(run: Run, stage: int, state: TrainState, rules: Rules) -> tuple[Obj
 def programs_of(objectives: Objectives, state: TrainState, share: Share, rules: Rules, fades: bool) -> None:
     """Calls for every program that a stage needs, backwards too; changes nothing of `state`."""
     for alpha in (0.5, 1.0) if fades else (1.0,):
-        for penalised in {True, rules.penalty_every == 1}:
+        for penalised in {True, rules.training.penalty_every == 1}:
             loss, _ = objectives.critic(state, share, alpha, rules, penalised)
             torch.autograd.grad(loss, list(state.discriminator.parameters()), allow_unused=True)
-        loss, _ = objectives.generator(state, share, alpha, rules)
-        torch.autograd.grad(loss, list(state.generator.parameters()), allow_unused=True)
-
-
-def blank(run: Run, stage: int, device: torch.device) -> Share:
-    """Black images in the shapes of a micro-batch."""
-    setting = run.stages[stage]
-    count = len(micro_batches(setting, 0, setting.workers)[0])
-    size, latents = setting.resolution, torch.ones(count, run.network.latent_size, device=device)
-    return Share(torch.zeros(count, run.data.channels, size, size, dtype=torch.uint8, device=device),
-                 torch.zeros(count, dtype=torch.bool, device=device), latents, latents.clone(),
-                 torch.full((count,), 0.5, device=device))
+        for turn in range(rules.training.g_steps):
+            loss, _ = objectives.generator(state, share, alpha, rules, turn)
+            torch.autograd.grad(loss, list(state.generator.parameters()), allow_unused=True)
 
 
 def of_the_compiler(error: Exception) -> bool:

@@ -32,8 +32,13 @@ import torch
 
 from gradine.configs.schema import ENCODINGS, Data, EnvironmentFault, Run, UserError
 from gradine.stages import growth, order, pulse
+from gradine.stages.augment import AUGMENTATION_DRAWS
 from gradine.stages.cache import NoRoom, allocate, locked, make_room, mapped, publish
+from gradine.stages.latents import draw as draw_latents
+from gradine.stages.latents import one_hot
+from gradine.stages.losses import draw_targets
 from gradine.stages.pixels import decode, suffix
+from gradine.stages.points import PointSet
 from gradine.stages.step import Share
 from gradine.stages.store import Store
 
@@ -45,7 +50,14 @@ def level_folder(shards: str | Path, resolution: int) -> str:
     return f"{str(shards).rstrip('/')}/r{resolution:04d}"
 
 
+def opened(data: Data, resolution: int, decode_threads: int = 1) -> Images | PointSet:
+    """The reals of a stage."""
+    return Images(data, resolution, decode_threads) if data.points.kind == "none" else PointSet(data)
+
+
 def has_level(data: Data, resolution: int) -> bool:
+    if data.points.kind != "none":  # they are drawn
+        return True
     return Store(level_folder(data.shards, resolution), data.deadline_s).size("index.json") is not None
 
 
@@ -75,7 +87,9 @@ def read_index(data: Data, resolution: int) -> dict[str, Any]:
 
 
 def data_digest(data: Data, resolution: int) -> str:
-    """Names a level's exact content: sha256 over its shards' sha256."""
+    """Names a level's exact content: sha256 over its shards' sha256, or over the settings of points."""
+    if data.points.kind != "none":
+        return hashlib.sha256(repr(data.points).encode()).hexdigest()
     return hashlib.sha256("".join(s["sha256"] for s in read_index(data, resolution)["shards"]).encode()).hexdigest()
 
 
@@ -124,8 +138,9 @@ class Images:
         """Class numbers, int64 [len]. UserError where the set has none."""
         labels = [label for shard in self.shards for label in shard.get("labels") or [None]]
         if not all(isinstance(label, int) for label in labels):
-            raise UserError(f"shards {self.store.shown} have images without a label, which data.sampling=balanced "
-                            "wants. Make them with data.labels, or use data.sampling=raw.")
+            raise UserError(f"shards {self.store.shown} have images without a label, which data.sampling=balanced and "
+                            "network.conditioning want. Make them with data.labels, or use data.sampling=raw and "
+                            "network.conditioning=none.")
         return np.array(labels)
 
     def ids(self, seed: int, start: int, count: int) -> np.ndarray:
@@ -355,26 +370,73 @@ def draw(run: Run, purpose: str, images_seen: int, *shape: int, uniform: bool = 
     return torch.rand(shape, generator=source) if uniform else torch.randn(shape, generator=source)
 
 
-def batches(run: Run, stage: int, images: Images, images_seen: int, rank: int, workers: int) -> Iterator[list[Share]]:
+def batches(run: Run, stage: int, images: Images | PointSet, images_seen: int, rank: int, workers: int) -> Iterator[list[Share]]:
     """One worker's shares of each step from `images_seen` to the stage's end, on the CPU."""
     setting, ids_at = run.stages[stage], images.sampler(run.training.seed)
     shares = [torch.tensor(rows) for rows in growth.micro_batches(setting, rank, workers)]
-    batch, latent = setting.batch_size, run.network.latent_size
+    batch, classes = setting.batch_size, run.network.classes
+    of_images = labels_of(images, classes) if classes else None
     moments = range(images_seen, growth.schedule(run).stage_span(stage)[1], batch)
 
-    def begun() -> Iterator[Callable[[], list[np.ndarray]]]:
+    def begun() -> Iterator[Callable[[], tuple[np.ndarray, list[np.ndarray]]]]:
         for seen in moments:
             images.look_ahead(run.training.seed, seen)
             ids = ids_at(seen, batch)
             waits = [images.decoding(ids[rows.numpy()]) for rows in shares]
-            yield lambda waits=waits: [wait() for wait in waits]  # type: ignore[misc]
+            yield lambda ids=ids, waits=waits: (ids, [wait() for wait in waits])  # type: ignore[misc]
 
-    for seen, reals in zip(moments, overlapped(begun()), strict=True):
-        mirrored = draw(run, "mirror", seen, batch, uniform=True) < (0.5 if run.training.mirror else 0.0)
-        critic, generator = (draw(run, f"latents/{who}", seen, batch, latent) for who in "DG")
-        mix = draw(run, "mix", seen, batch, uniform=True)
-        yield [Share(torch.from_numpy(pixels), mirrored[rows], critic[rows], generator[rows], mix[rows])
+    for seen, (ids, reals) in zip(moments, overlapped(begun()), strict=True):
+        drawn = draws(run, seen, batch, None if of_images is None else of_images[ids])
+        yield [Share(torch.from_numpy(pixels), **{name: tensor[rows] for name, tensor in drawn.items()})
                for pixels, rows in zip(reals, shares, strict=True)]
+
+
+def labels_of(images: Images | PointSet, classes: int) -> torch.Tensor:
+    """Class numbers, int64 [len(images)]. UserError if the set has others than 0 to classes - 1."""
+    labels = torch.from_numpy(images.labels)
+    if (most := int(labels.max()) + 1) != classes:
+        raise UserError(f"network.classes={classes}, but data.shards have the classes 0 to {most - 1}. "
+                        f"Use network.classes={most}.")
+    return labels
+
+
+def draws(run: Run, images_seen: int, batch: int, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """All of a step's `Share` but the reals, for the GLOBAL batch. labels: int64 [batch] of the reals, if conditional."""
+    network, training = run.network, run.training
+
+    def latents(who: str) -> torch.Tensor:
+        source = torch.Generator().manual_seed(growth.random_seed(training.seed, f"latents/{who}", images_seen))
+        return draw_latents(network, batch, source, labels)
+
+    def uniform(purpose: str, *shape: int) -> torch.Tensor:
+        return draw(run, purpose, images_seen, batch, *shape, uniform=True)
+
+    turns = [latents("G" if turn == 0 else f"G{turn}") for turn in range(training.g_steps)]
+    drawn = {"mirrored": uniform("mirror") < (0.5 if training.mirror else 0.0), "critic_latents": latents("D"),
+             "generator_latents": turns[0] if len(turns) == 1 else torch.cat(turns, dim=1), "mix": uniform("mix")}
+    if labels is not None:
+        drawn["labels"] = one_hot(labels, network.classes)
+    if (training.real_labels, training.fake_labels, training.flip_labels) != ([1.0], [0.0], 0.0):
+        drawn["targets"] = draw_targets(training, uniform("targets", 4))
+    if training.augment != "none":
+        drawn["augmentation"] = uniform("augmentation", (2 + training.g_steps) * AUGMENTATION_DRAWS)
+    return drawn
+
+
+def noise(run: Run, stage: int, rank: int, workers: int) -> list[Share]:
+    """One worker's shares of one step, with random pixels for reals."""
+    setting, random = run.stages[stage], torch.Generator().manual_seed(growth.random_seed(run.training.seed, "trial"))
+    size, batch = setting.resolution, setting.batch_size
+    labels = torch.arange(batch) % run.network.classes if run.network.classes else None
+    drawn = draws(run, 0, batch, labels)
+
+    def share(rows: list[int]) -> Share:
+        shape = len(rows), run.data.channels, size, size
+        reals = torch.randn(shape, generator=random) if size == 1 else torch.randint(
+            0, 256, shape, dtype=torch.uint8, generator=random)
+        return Share(reals, **{name: tensor[rows] for name, tensor in drawn.items()})
+
+    return [share(rows) for rows in growth.micro_batches(setting, rank, workers)]
 
 
 def overlapped(begun: Iterator[Callable[[], T]]) -> Iterator[T]:

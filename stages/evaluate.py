@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from statistics import fmean
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradine.configs.schema import EnvironmentFault, Run, features_suffix, metric_name
+from gradine.configs.schema import AUTOENCODERS, EnvironmentFault, Run, features_suffix, metric_name
+from gradine.stages.data import labels_of
 from gradine.stages.distances import (
     Confusion,
     CopyRate,
@@ -29,9 +32,10 @@ from gradine.stages.distances import (
     PathLength,
     slerp,
 )
-from gradine.stages.features import Unavailable
-from gradine.stages.generate import draw_latents, generate, generated, grid, png
+from gradine.stages.features import Network, Unavailable
+from gradine.stages.generate import COLUMNS, draw_latents, generate, generated, grid, png
 from gradine.stages.growth import random_seed
+from gradine.stages.latents import Parts
 from gradine.stages.metrics import MultiScaleSSIM, SlicedWasserstein
 from gradine.stages.subjects import Subjects, read
 
@@ -40,9 +44,24 @@ Figures = dict[str, Row]  # by kind of metric: what differs from one row to the 
 PAIRWISE_IMAGES = 10_000  # of each side at most, where all pairs of images are compared
 PATH_PAIRS, PATH_STEP = 1_000, 1e-4
 SCORED_IMAGES = 2_000  # by the discriminator, of each kind
+FEWEST_OF_CLASS = 10  # reals, for a distance of its own
+CLASSES_SHOWN = 64  # rows of a grid at most
 GALLERY = 8  # fakes beside their nearest training images
 EMPTY: Row = {"value": None, "reason": None, "interval": None, "floor": None, "untrained": None, "reals": None,
               "parts": None}
+
+
+class Subject(Protocol):
+    """What a row tells of its subject."""
+
+    run: Run
+    count: int
+    resolution: int
+    checkpoint: str
+    images_seen: int
+    data: str
+
+    def network(self, setting: str) -> Network: ...
 
 
 @dataclass(frozen=True)
@@ -59,21 +78,40 @@ def evaluate(run: Run, path: str, threads: int = 1) -> Evaluated:
     """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if run.evaluation.gpus and torch.cuda.is_available() else "cpu")
+    if run.data.points.kind != "none":
+        from gradine.stages import plane  # which draws, by matplotlib: a second that no other run should wait for
+
+        return plane.evaluate(run, path, device)
     with ExitStack() as opened:
         it = Subjects(run, path, device, threads, opened)
         found = [row for name in run.evaluation.metrics for row in family(it, name)]
+        if run.network.kind in AUTOENCODERS:
+            found += rows(it, ("reconstruction",), None, partial(reconstruction, it))
         return Evaluated(found, pictures(it), tuple(dict.fromkeys(it.notes)))
 
 
 def pictures(it: Subjects) -> dict[str, bytes]:
-    """Grids of samples and of reals, and the fakes nearest to a training image above these."""
-    size, samples = it.resolution, it.run.evaluation.samples
-    shown = torch.cat(list(generate(it.average, draw_latents(it.run, "samples", samples))))
-    made = {f"r{size:04d}-{it.images_seen:09d}.png": png(grid(shown)),
-            f"r{size:04d}-reals.png": png(grid(it.reals.first(min(samples, len(it.images)))))}
+    """Grids of samples and of reals, of classes a row each; and the fakes nearest to a training image above these."""
+    size, samples, labels = it.resolution, it.run.evaluation.samples, None
+    if it.labels is not None:
+        rows = min(it.run.network.classes, CLASSES_SHOWN)
+        labels, samples = torch.arange(rows).repeat_interleave(COLUMNS), rows * COLUMNS
+    shown = torch.cat(list(generate(it.average, draw_latents(it.run, "samples", samples, labels=labels))))
+    reals = it.reals.first(min(samples, len(it.images))) if labels is None else reals_by_class(it, rows)
+    made = {f"r{size:04d}-{it.images_seen:09d}.png": png(grid(shown)), f"r{size:04d}-reals.png": png(grid(reals))}
     if it.gallery is not None:
         made[f"r{size:04d}-{it.images_seen:09d}-neighbors.png"] = png(grid(it.gallery, columns=len(it.gallery) // 2))
     return made
+
+
+def reals_by_class(it: Subjects, rows: int) -> Tensor:
+    """uint8 [8 * rows, C, R, R]: in each row reals of one class, black where it has no more."""
+    assert it.labels is not None
+    shown = torch.zeros(rows, COLUMNS, it.run.data.channels, it.resolution, it.resolution, dtype=torch.uint8)
+    for number, row in enumerate(shown):
+        ids = it.reals.order[(it.labels == number).numpy()][:COLUMNS]
+        row[:len(ids)] = torch.from_numpy(it.images.pixels(ids))
+    return shown.flatten(0, 1)
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -81,6 +119,10 @@ def pictures(it: Subjects) -> dict[str, bytes]:
 
 def family(it: Subjects, name: str) -> Iterator[Row]:
     """The rows of one of the schema's FAMILIES, for each of the features where it is made of features."""
+    if name == "classes" and it.run.network.conditioning == "auxiliary":
+        yield from rows(it, ("class_accuracy",), None, partial(class_accuracy, it))
+    if name == "classes" and not it.run.network.classes:
+        return
     if name in OF_IMAGES:
         kinds, compute = OF_IMAGES[name]
         yield from rows(it, kinds, None, partial(compute, it))
@@ -91,7 +133,7 @@ def family(it: Subjects, name: str) -> Iterator[Row]:
             yield from rows(it, kinds, setting, partial(of_features, it, setting))
 
 
-def rows(it: Subjects, kinds: Iterable[str], setting: str | None, compute: Callable[[], Figures]) -> Iterator[Row]:
+def rows(it: Subject, kinds: Iterable[str], setting: str | None, compute: Callable[[], Figures]) -> Iterator[Row]:
     """What `compute` found as rows; of a metric that failed, why."""
     began = time.perf_counter()
     try:
@@ -177,16 +219,63 @@ def discriminator(it: Subjects) -> Figures:
     """How the discriminator scores reals, held-out ones where there are, and fresh fakes: `value` is its accuracy."""
     count = min(it.count, SCORED_IMAGES)
     metric = Confusion()
-    kinds = {"training": it.reals.batches(0, count)}
-    if it.run.evaluation.held_out:
-        kinds["held_out"] = read(it.held_out_images, it.held_out_ids(count))
-    for kind, batches in kinds.items():
-        for batch in batches:
-            metric.update(it.scores(batch / 127.5 - 1), kind)
-    for images in generated(it.average, draw_latents(it.run, "scored", count)):
-        metric.update(it.scores(images), "fakes")
+    for kind, images, labels in [*scored_reals(it, count), ("fakes", *scored_fakes(it, count))]:
+        for batch, own in labelled(images, labels):
+            metric.update(it.judged(batch, own).scores, kind)
     table = {**metric.compute(), "held_out": it.held_out_digest if it.run.evaluation.held_out else None}
     return {"discriminator": {"value": table.pop("accuracy"), "parts": table, "count": count}}
+
+
+def class_accuracy(it: Subjects) -> Figures:
+    """The share of fakes that the discriminator's auxiliary classifier takes for the class they were asked as."""
+    count = min(it.count, SCORED_IMAGES)
+    right = {kind: torch.cat([it.judged(batch, own).heads[:, :it.run.network.classes].argmax(1)
+                              == own[:len(batch) // 4 * 4] for batch, own in labelled(images, labels)])
+             for kind, images, labels in [*scored_reals(it, count), ("fakes", *scored_fakes(it, count))]}
+    fakes = right["fakes"].double()
+    return {"class_accuracy": {"value": float(fakes.mean()), "count": len(fakes),
+                               "reals": float(right.get("held_out", right["training"]).double().mean())}}
+
+
+def scored_reals(it: Subjects, count: int) -> Iterator[tuple[str, Iterable[Tensor], Tensor | None]]:
+    """(kind, images in [-1, 1], their class numbers) of reals of the first set, and of held-out ones."""
+    sets = [("training", it.images, np.sort(it.reals.ids(0)[:count]))]
+    if it.run.evaluation.held_out:
+        sets.append(("held_out", it.held_out_images, it.held_out_ids(count)))
+    for kind, images, ids in sets:
+        labels = None
+        if classes := it.run.network.classes:
+            labels = (labels_of(it.images, classes) if kind == "training" else it.held_out_labels)[ids]
+        yield kind, (batch / 127.5 - 1 for batch in read(images, ids)), labels
+
+
+def scored_fakes(it: Subjects, count: int) -> tuple[Iterable[Tensor], Tensor | None]:
+    """Fresh ones, of the classes of the first reals."""
+    labels = it.first_labels(count)
+    return generated(it.average, draw_latents(it.run, "scored", count, labels=labels)), labels
+
+
+def labelled(batches: Iterable[Tensor], labels: Tensor | None) -> Iterator[tuple[Tensor, Any]]:
+    """Each batch with its part of the labels, or with None."""
+    first = 0
+    for batch in batches:
+        yield batch, None if labels is None else labels[first:first + len(batch)]
+        first += len(batch)
+
+
+@torch.no_grad()
+def reconstruction(it: Subjects) -> Figures:
+    """An autoencoder's mean squared error, of values in [-1, 1]: of held-out reals, else of the second set."""
+    count, errors = min(it.count, SCORED_IMAGES), []
+    batches = (read(it.held_out_images, it.held_out_ids(count)) if it.run.evaluation.held_out
+               else it.reals.batches(it.reals.sets - 1, count))
+    for batch in batches:
+        images = (batch / 127.5 - 1).to(it.device)
+        latents = it.encoder(images)[:, :it.run.network.latent_size]  # of a vae the mean
+        errors.append((it.average(latents) - images).square().mean((1, 2, 3)).cpu())
+    found = torch.cat(errors).double()
+    return {"reconstruction": {"value": float(found.mean()), "count": len(found), "parts": {
+        "held_out": bool(it.run.evaluation.held_out)}}}
 
 
 # Of features ---------------------------------------------------------------------------------------------------------
@@ -264,13 +353,51 @@ def inception_score(it: Subjects, setting: str) -> Figures:
     return {"is": {"value": metric.compute(), "interval": metric.interval(), "reals": reals}}
 
 
+def class_frechet(it: Subjects, setting: str) -> Figures:
+    """The mean over classes of the Frechet distance between their fakes and their reals; `parts` has each class's.
+
+    Fakes have the classes of the first set of reals, so that both sides of a class are as many.
+    """
+    assert it.labels is not None
+    classes, count = it.run.network.classes, it.count
+    first, second = it.labels[:count], it.labels[count:2 * count]
+    enough = [number for number in range(classes) if int((first == number).sum()) >= FEWEST_OF_CLASS]
+    if not enough:
+        raise ValueError(f"no class has {FEWEST_OF_CLASS} of the {count} reals")
+    reals = it.real_outputs(setting, 0).features
+
+    def by_class(features: Tensor, labels: Tensor, asked: list[int]) -> dict[int, float]:
+        found = {}
+        for number in asked:
+            metric = FrechetDistance()
+            metric.update(reals[first == number], real=True)
+            metric.update(features[labels == number], real=False)
+            found[number] = metric.compute()
+        return found
+
+    of_fakes = by_class(it.fakes.features(setting)[:count], first, enough)
+    names = it.images.index.get("classes") or []
+    parts = {names[number] if number < len(names) else str(number): of_fakes.get(number) for number in range(classes)}
+    row: Row = {"value": fmean(of_fakes.values()), "parts": parts}
+    if it.run.evaluation.untrained:
+        row["untrained"] = fmean(by_class(it.untrained_fakes.features(setting)[:count], first, enough).values())
+    if all(int((second == number).sum()) >= FEWEST_OF_CLASS for number in enough):
+        row |= it.floors(it.remembered_of(setting, it.real_outputs(setting, 0)), f"classes-{classes}", lambda: {
+            "floor": fmean(by_class(it.real_outputs(setting, 1).features, second, enough).values())})
+    return {"class_fd": row}
+
+
 def path_length(it: Subjects, setting: str) -> Figures:
     """Mean squared step in features between images whose latents are PATH_STEP apart on an arc, over its square."""
     network, pairs = it.network(setting), min(it.count, PATH_PAIRS)
-    first, second = draw_latents(it.run, "path", 2 * pairs).double().chunk(2)
+    labels = it.first_labels(pairs)
+    first, second = draw_latents(it.run, "path", 2 * pairs,
+                                 labels=None if labels is None else labels.repeat(2)).double().chunk(2)
+    noise = Parts.of(it.run.network).noise  # what is asked for beside it stays
     source = torch.Generator().manual_seed(random_seed(it.run.training.seed, "path/places"))
     places = torch.rand(pairs, 1, generator=source, dtype=torch.float64)
-    ends = [slerp(first, second, places + step).float() for step in (0, PATH_STEP)]
+    ends = [torch.cat([slerp(first[:, noise], second[:, noise], places + step), first[:, noise.stop:]], dim=1).float()
+            for step in (0, PATH_STEP)]
     metric = PathLength(PATH_STEP)
     # Both ends of a step go through the networks together: what rounding does to one, it does to the other.
     for images in generated(it.average, torch.stack(ends, dim=1).flatten(0, 1)):
@@ -305,4 +432,5 @@ OF_IMAGES: dict[str, tuple[tuple[str, ...], Callable[[Subjects], Figures]]] = {
 OF_FEATURES: dict[str, tuple[tuple[str, ...], Callable[[Subjects, str], Figures]]] = {
     "fd": (("fd", "spread"), frechet), "kid": (("kid",), kernel), "is": (("is",), inception_score),
     "neighbors": (("precision", "recall", "density", "coverage", "duplicates"), neighbors),
-    "path_length": (("path_length",), path_length), "copies": (("copy_rate",), copies)}
+    "path_length": (("path_length",), path_length), "copies": (("copy_rate",), copies),
+    "classes": (("class_fd",), class_frechet)}

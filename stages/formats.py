@@ -14,13 +14,14 @@ from accelerate import Accelerator
 
 from gradine.configs.schema import Run
 from gradine.stages.checkpoint import named_moments
+from gradine.stages.data import noise
 from gradine.stages.loop import initial_state, new_accelerator, use_threads
 from gradine.stages.losses import penalty_divisor
 from gradine.stages.memory import OutOfMemory, allocator_error, forget, out_of_memory_named
 from gradine.stages.pulse import Pulse
 from gradine.stages.step import Rules, TrainState
 from gradine.stages.stopping import asked, listening
-from gradine.stages.trial import first_moment, noise, undisturbed_step
+from gradine.stages.trial import first_moment, undisturbed_step
 
 Event = dict[str, Any]
 GAIN = 0.05  # by which another format must be faster than one that stands before it: below it lies noise

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -27,12 +27,16 @@ from gradine.stages import checkpoint, commits, growth
 from gradine.stages.checkpoint import Saver
 from gradine.stages.commits import Term, location_of
 from gradine.stages.compiling import compiled
-from gradine.stages.data import Images, batches, data_digest, prefetch
+from gradine.stages.data import Images, batches, data_digest, labels_of, opened, prefetch
+from gradine.stages.dcgan import DcganDiscriminator
+from gradine.stages.families import AnyDiscriminator, AnyGenerator, new_discriminator, new_generator
+from gradine.stages.latents import one_hot
 from gradine.stages.losses import penalty_divisor
 from gradine.stages.memory import forget, out_of_memory_named
-from gradine.stages.networks import Discriminator, Generator, initialise, recompute
+from gradine.stages.networks import initialise, recompute
+from gradine.stages.points import PointSet
 from gradine.stages.pulse import PULSE_S, Pulse
-from gradine.stages.step import Objectives, Rules, TrainState, new_adam, train_step
+from gradine.stages.step import Objectives, Rules, TrainState, begin_phase, new_optimizer, prepare_reals, train_step
 from gradine.stages.stopping import StopFlag, asked, listening
 from gradine.stages.watch import Alarms, Watch
 
@@ -88,17 +92,18 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
     newest: dict[str, Tensor] = {}  # of each figure, for not every step has all of them
     end, last_saved = schedule.stage_span(stage)[1], state.images_seen
     watch, alarms = Watch(setting.batch_size, state.images_seen, state.masked.tolist()), Alarms.of(run, stage)
-    with ExitStack() as opened:
-        images = opened.enter_context(closing(Images(run.data, setting.resolution, torch.get_num_threads())))
+    with ExitStack() as closes:
+        images = closes.enter_context(closing(opened(run.data, setting.resolution, torch.get_num_threads())))
+        give_reference(run, state, images, start)
         ahead = batches(run, stage, images, state.images_seen, accelerator.process_index, workers)
         if accelerator.device.type == "cuda":
             ahead = ([share.pinned() for share in shares] for shares in ahead)
         source = prefetch(pulse.making(ahead, lambda: images.decoding_s), run.data.prefetch, patience_s=PULSE_S)
-        opened.callback(source.close)  # type: ignore[attr-defined]  # a generator has it
-        stop = opened.enter_context(closing(StopFlag(workers)))
+        closes.callback(source.close)  # type: ignore[attr-defined]  # a generator has it
+        stop = closes.enter_context(closing(StopFlag(workers)))
         saver = Saver(run, location_of(run, out), term) if accelerator.is_main_process else None
         if saver:
-            opened.enter_context(closing(saver))
+            closes.enter_context(closing(saver))
         clock.seconds["setup"] = time.perf_counter() - clock.started
         if saver:
             yield from ({"event": "note", "resolution": setting.resolution, "text": text}
@@ -106,8 +111,7 @@ def _run_stage(run: Run, stage: int, start: str | None, out: str | Path, initial
         while state.images_seen < end and not stop.agreed():
             moment = growth.at(schedule, state.images_seen)
             if moment.starts_phase:
-                state.generator_adam, state.discriminator_adam = (
-                    new_adam(net, run) for net in (state.generator, state.discriminator))
+                begin_phase(state, run)
             with clock.measure("data"):
                 batch = yield from pulse.next_of(source)
                 shares = [share.to(accelerator.device) for share in batch]
@@ -204,18 +208,13 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def initial_state(run: Run, stage: int, start: str | None, device: torch.device, initial: str | None) -> TrainState:
     """Fresh networks, then `initial`'s weights, then `start`'s: all of its state if it lies inside this stage."""
-    resolution, fades = run.stages[stage].resolution, stage > 0
+    resolution = run.stages[stage].resolution
     layout = torch.channels_last if run.format_of(run.stages[stage])[1] else torch.contiguous_format
-    nets = [cls(run.network, resolution, fades, run.data.channels) for cls in (Generator, Discriminator, Generator)]
-    for net, role in zip(nets, ("generator", "discriminator", "generator"), strict=True):
+    made = new_networks(run, stage)
+    for net, role in zip(made, ("generator", "discriminator", "generator"), strict=True):
         initialise(net, run.training.seed, role)
         net.to(device, memory_format=layout)  # type: ignore[call-overload]
-        recompute(net, run.training.recompute_from)
-    generator, discriminator, average = nets
-    average.requires_grad_(False)
-    state = TrainState(generator, discriminator, average, new_adam(generator, run),  # type: ignore[arg-type]
-                       new_adam(discriminator, run), torch.zeros(2, device=device),
-                       growth.schedule(run).stage_span(stage)[0])
+    state = new_state(run, *made, torch.zeros(2, device=device), growth.schedule(run).stage_span(stage)[0])
     if initial:
         files = commits.read(initial)
         checkpoint.refuse_other_channels(run, files)
@@ -228,6 +227,38 @@ def initial_state(run: Run, stage: int, start: str | None, device: torch.device,
         else:
             checkpoint.grow(state, files)
             state.masked.copy_(torch.tensor(info["masked"]))
+    return state
+
+
+def give_reference(run: Run, state: TrainState, images: Images | PointSet, start: str | None) -> None:
+    """To a discriminator with virtual batch norm its fixed batch of reals: the run's first ones."""
+    if run.network.layers.discriminator_norm != "virtual" or start:
+        return
+    critic, device = cast("DcganDiscriminator", state.discriminator), state.masked.device
+    assert critic.reference is not None
+    ids = images.sampler(run.training.seed)(0, len(critic.reference))
+    pixels, whole = torch.from_numpy(images.pixels(ids)).to(device), torch.zeros(len(ids), dtype=torch.bool)
+    classes = run.network.classes
+    labels = one_hot(labels_of(images, classes)[ids], classes).to(device) if classes else None
+    critic.set_reference(prepare_reals(pixels, whole.to(device), 1.0), labels)
+
+
+def new_networks(run: Run, stage: int) -> tuple[AnyGenerator, AnyDiscriminator, AnyGenerator]:
+    """Generator, discriminator and average of a stage, not initialised."""
+    sizes = run.network, run.stages[stage].resolution, stage > 0, run.data.channels
+    generator, discriminator, average = new_generator(*sizes), new_discriminator(*sizes), new_generator(*sizes)
+    for network in (generator, discriminator) if run.training.recompute_from else ():
+        recompute(network, run.training.recompute_from)
+    return generator, discriminator, average.requires_grad_(False)
+
+
+def new_state(run: Run, generator: AnyGenerator, discriminator: AnyDiscriminator, average: AnyGenerator,
+              masked: Tensor, images_seen: int = 0) -> TrainState:
+    state = TrainState(generator, discriminator, average, new_optimizer(generator, run),
+                       new_optimizer(discriminator, run, "discriminator"), masked, images_seen)
+    begin_phase(state, run)
+    if run.training.augment == "adaptive":
+        state.augmentation = torch.zeros_like(masked[0])
     return state
 
 

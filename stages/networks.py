@@ -3,7 +3,7 @@
 Images are [N, image_channels, H, W] in [-1, 1], gray ones too pass `to_rgb` and `from_rgb`; latents are
 [N, latent_size]. `alpha` is the weight of the newest block: 0 shows only the older blocks, 1 only the new one.
 A network owns exactly the layers its stage uses, named by resolution (`blocks.16`, `to_rgb.16`), so that growing is
-`load_state_dict(strict=False)`.
+`load_state_dict(strict=False)`. The latents of a conditional generator end with the label, one-hot (latents.py).
 
 Parameters are float32; a network computes in `dtype`, except for norms, stddev, blends, images and scores, which are
 float32 throughout. Every part of D also writes out its own derivative: `linearised(x)` gives its output y and `pull`,
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,22 @@ from gradine.stages.growth import channels, group_size, random_seed, resolutions
 ROOT2 = math.sqrt(2)
 SLOPE = 0.2  # of the leaky relu
 Pull = Callable[[Tensor], Tensor]
+
+
+class Judgement(NamedTuple):
+    """What a discriminator says of N images; float32."""
+
+    scores: Tensor  # [N], raw
+    features: Tensor  # [N, F], of the layer before the score
+    heads: Tensor  # [N, H]: logits of the label (auxiliary conditioning), logits of the code, the continuous codes
+
+
+def heads_size(network: Network) -> int:
+    """H: what a discriminator tells beside its score."""
+    classes = network.classes if network.conditioning == "auxiliary" else 0
+    return classes + network.codes + network.continuous_codes
+
+
 # Nearest upscale and a 3x3 convolution w are one transposed convolution of stride 2 with the 4x4 kernel
 # DOUBLING @ w @ DOUBLING.T: 4 multiplications an output instead of 9. A 3x3 convolution and the mean of 2x2 outputs are
 # one convolution of stride 2, its kernel the same turned around and divided by 4: 4 a pixel instead of 9.
@@ -179,10 +195,18 @@ def box_downscale(images: Tensor) -> Tensor:
     return F.avg_pool2d(images, 2)
 
 
+def with_label_maps(images: Tensor, labels: Tensor | None) -> Tensor:
+    """[N, C, H, W] and one-hot [N, classes] -> [N, C + classes, H, W]: each class a channel of zeros or ones."""
+    if labels is None:
+        raise ValueError("this discriminator is conditional: give it the images' labels")
+    return torch.cat([images, labels.to(images.dtype)[:, :, None, None].expand(-1, -1, *images.shape[2:])], dim=1)
+
+
 def minibatch_stddev(x: Tensor, sets: int = 1) -> tuple[Tensor, Pull]:
     """[N, C, H, W] -> [N, C+1, H, W]: one scalar per strided group of 4, as the last channel (section 3); and its pull.
 
-    sets: minibatches that lie one after the other in x, each with groups of its own; the pull is that of the last.
+    sets: minibatches that lie one after the other in x, each with groups of its own; the pull is of as many of the last
+    as it is given rows of.
     Raises ValueError where the group size does not divide a minibatch.
     """
     batch, _, height, width = x.shape
@@ -196,9 +220,11 @@ def minibatch_stddev(x: Tensor, sets: int = 1) -> tuple[Tensor, Pull]:
     extra = deviation.mean(dim=(3, 4, 5), keepdim=True).expand(-1, size, -1, 1, height, width)
 
     def pull(gradient: Tensor) -> Tensor:
-        of_groups = at_least_float32(gradient[:, -1:]).unflatten(0, (size, -1)).sum(dim=(0, 3, 4), keepdim=True)
-        slope = centred[-1] / deviation[-1] / (size * x[0].numel())  # of each group's scalar
-        return gradient[:, :-1] + (of_groups * slope).flatten(0, 1).to(gradient.dtype)
+        last = slice(sets - len(gradient) // batch, None)
+        of_rows = at_least_float32(gradient[:, -1:]).unflatten(0, (-1, size, batch // size))
+        of_groups = of_rows.sum(dim=(1, 4, 5), keepdim=True)
+        slope = centred[last] / deviation[last] / (size * x[0].numel())  # of each group's scalar
+        return gradient[:, :-1] + (of_groups * slope).flatten(0, 2).to(gradient.dtype)
 
     return torch.cat([x, extra.flatten(0, 2).to(x.dtype)], dim=1), pull
 
@@ -257,15 +283,21 @@ class DownBlock(nn.Module):
 
 
 class ScoreBlock(nn.Module):
-    """[N, C, 4, 4] -> [N]: minibatch stddev, one convolution, two dense layers; the score is raw."""
+    """[N, C, 4, 4] -> Judgement: minibatch stddev, one convolution, two dense layers; the score is raw.
 
-    def __init__(self, width: int, hidden: int) -> None:
+    Projection (Miyato and Koyama 2018) adds to the score the product of the features and a vector of the label's own.
+    """
+
+    def __init__(self, width: int, hidden: int, heads: int = 0, projected: int = 0) -> None:
+        """heads: outputs beside the score. projected: classes whose labels are projected."""
         super().__init__()
         self.conv = EqualizedConv(width + 1, width, 3)
         self.dense0 = EqualizedDense(width * 16, hidden)
         self.dense1 = EqualizedDense(hidden, 1, gain=1)
+        self.heads = EqualizedDense(hidden, heads, gain=1) if heads else None
+        self.labels = EqualizedDense(hidden, projected, gain=1) if projected else None  # [classes, hidden], and a bias
 
-    def linearised(self, x: Tensor, sets: int = 1) -> tuple[Tensor, Pull]:
+    def linearised(self, x: Tensor, sets: int = 1, labels: Tensor | None = None) -> tuple[Judgement, Pull]:
         kernel, bias = self.conv.scaled(x.dtype)
         matrix0, bias0 = self.dense0.scaled(x.dtype)
         matrix1, bias1 = self.dense1.scaled(x.dtype)
@@ -273,14 +305,23 @@ class ScoreBlock(nn.Module):
         first = activated(F.conv2d(with_stddev, kernel, bias, padding=1))
         second = activated(F.linear(first.flatten(1), matrix0, bias0))
         scores = F.linear(second, matrix1, bias1).squeeze(1)
+        rows = matrix1  # the derivative of each score by its features
+        if self.labels:
+            if labels is None:
+                raise ValueError("this discriminator is conditional: give it the images' labels")
+            vectors, offsets = self.labels.scaled(x.dtype)
+            chosen = labels.to(x.dtype)
+            rows = rows + chosen @ vectors
+            scores = scores + (second * (chosen @ vectors)).sum(1) + chosen @ offsets
+        heads = F.linear(second, *self.heads.scaled(x.dtype)) if self.heads else second[:, :0]
 
         def pull(gradient: Tensor) -> Tensor:
             """gradient: [n], of the sum whose gradient is asked for by each score."""
-            gradient = pull_activated(gradient[:, None].to(x.dtype) * matrix1, second)
+            gradient = pull_activated(gradient[:, None].to(x.dtype) * rows[-len(gradient):], second)
             gradient = pull_activated((gradient @ matrix0).view(-1, *first.shape[1:]), first)
             return pull_stddev(F.conv_transpose2d(gradient, kernel, padding=1))
 
-        return at_least_float32(scores), pull
+        return Judgement(*map(at_least_float32, (scores, second, heads))), pull
 
 
 class FromRGB(nn.Module):
@@ -297,15 +338,16 @@ class FromRGB(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latents [N, latent_size] -> images [N, image_channels, R, R], about [-1, 1] (the output is linear)."""
+    """Latents [N, input_size] -> images [N, image_channels, R, R], about [-1, 1] (the output is linear, or tanh)."""
 
     def __init__(self, network: Network, resolution: int, fades: bool, image_channels: int = 3) -> None:
         """`fades`: the stage grew out of a smaller one, whose to-RGB it therefore blends with."""
         super().__init__()
+        self.resolution, self.bounded = resolution, network.bounded
         self.blocks = nn.ModuleDict()
         for size in resolutions(resolution):
             width = channels(network, size)
-            self.blocks[str(size)] = (SeedBlock(network.latent_size, width) if size == 4
+            self.blocks[str(size)] = (SeedBlock(network.input_size, width) if size == 4
                                       else UpBlock(channels(network, size // 2), width))
         sizes = [resolution // 2, resolution] if fades else [resolution]
         self.to_rgb = nn.ModuleDict({str(s): EqualizedConv(channels(network, s), image_channels, 1, gain=1)
@@ -320,7 +362,7 @@ class Generator(nn.Module):
         images = at_least_float32(newest(x))
         if faded and shows_older(alpha):
             images = torch.lerp(upscale(at_least_float32(faded[0](older))), images, alpha)
-        return images
+        return images.tanh() if self.bounded else images
 
 
 class Discriminator(nn.Module):
@@ -329,25 +371,33 @@ class Discriminator(nn.Module):
     def __init__(self, network: Network, resolution: int, fades: bool, image_channels: int = 3) -> None:
         super().__init__()
         sizes = [resolution // 2, resolution] if fades else [resolution]
-        self.from_rgb = nn.ModuleDict({str(s): FromRGB(channels(network, s), image_channels) for s in sizes})
+        self.joined = network.classes if network.conditioning == "concatenated" else 0
+        self.from_rgb = nn.ModuleDict({str(s): FromRGB(channels(network, s), image_channels + self.joined)
+                                       for s in sizes})
         self.blocks = nn.ModuleDict()
         for size in reversed(list(resolutions(resolution))):
             width = channels(network, size)
             if size == 4:
-                self.blocks["4"] = ScoreBlock(width, min(network.fmap_base, network.fmap_max))
+                projected = network.classes if network.conditioning == "projection" else 0
+                self.blocks["4"] = ScoreBlock(width, min(network.fmap_base, network.fmap_max), heads_size(network),
+                                              projected)
             else:
                 self.blocks[str(size)] = DownBlock(width, channels(network, size // 2), network.pool_before_activation)
 
-    def forward(self, images: Tensor, alpha: float | Tensor = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """dtype: what the convolutions compute in; None: what the images are in."""
-        return self.linearised(images, alpha, dtype)[0]
+    def forward(self, images: Tensor, alpha: float | Tensor = 1.0, dtype: torch.dtype | None = None,
+                labels: Tensor | None = None) -> Tensor:
+        """dtype: what the convolutions compute in; None: what the images are in. labels: one-hot [N, classes]."""
+        return self.linearised(images, alpha, dtype, labels=labels)[0].scores
 
     def linearised(self, images: Tensor, alpha: float | Tensor = 1.0, dtype: torch.dtype | None = None,
-                   sets: int = 1) -> tuple[Tensor, Pull]:
-        """Scores; and what turns n weights into the gradient, by image, of the weighted sum of the last n scores.
+                   sets: int = 1, labels: Tensor | None = None) -> tuple[Judgement, Pull]:
+        """The judgement; and what turns n weights into the gradient, by image, of the last n scores' weighted sum.
 
         sets: minibatches that lie one after the other in `images`, each with stddev groups of its own.
         """
+        colours = images.shape[1]
+        if self.joined:
+            images = with_label_maps(images, labels)
         *older, newest = cast("list[FromRGB]", [*self.from_rgb.values()])
         *down, score = cast("Any", self.blocks.values())
         faded = older if shows_older(alpha) else []
@@ -359,29 +409,74 @@ class Discriminator(nn.Module):
             if faded and len(pulls) == 1:
                 of_older, pull_older = faded[0].linearised(box_downscale(images).to(x.dtype))
                 x = torch.lerp(at_least_float32(of_older), at_least_float32(x), alpha).to(x.dtype)
-        scores, pull_scores = score.linearised(x, sets)
+        judgement, pull_scores = score.linearised(x, sets, labels)
 
         def pull(weights: Tensor) -> Tensor:
             gradient = pull_scores(weights)
             for pull_block in reversed(pulls[1:]):
                 gradient = pull_block(gradient)
             if not faded:
-                return at_least_float32(pull_newest(pulls[0](gradient) if pulls else gradient))
+                return at_least_float32(pull_newest(pulls[0](gradient) if pulls else gradient))[:, :colours]
             by_newest = at_least_float32(pull_newest(pulls[0](gradient * alpha)))
-            return by_newest + upscale(at_least_float32(pull_older(gradient * (1 - alpha))) / 4)
+            return (by_newest + upscale(at_least_float32(pull_older(gradient * (1 - alpha))) / 4))[:, :colours]
 
-        return scores, pull
+        return judgement, pull
+
+
+class Differentiable(nn.Module):
+    """A discriminator that has but to say how it judges one minibatch: autograd writes its derivative.
+
+    Reals and fakes are judged apart, so that statistics of a batch are those of one kind.
+    """
+
+    def judged(self, images: Tensor, labels: Tensor | None) -> Judgement:
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, alpha: float | Tensor = 1.0, dtype: torch.dtype | None = None,  # noqa: ARG002
+                labels: Tensor | None = None) -> Tensor:
+        with computed_in(dtype, images):
+            return self.judged(images, labels).scores
+
+    def linearised(self, images: Tensor, alpha: float | Tensor = 1.0, dtype: torch.dtype | None = None,  # noqa: ARG002
+                   sets: int = 1, labels: Tensor | None = None) -> tuple[Judgement, Pull]:
+        """As the progressive discriminator's; images that need a gradient keep it."""
+        parts = [part if part.requires_grad else part.detach().requires_grad_() for part in images.chunk(sets)]
+        of_parts = labels.chunk(sets) if labels is not None else [None] * sets
+        with computed_in(dtype, images):
+            judgements = [self.judged(part, own) for part, own in zip(parts, of_parts, strict=True)]
+
+        def pull(weights: Tensor) -> Tensor:
+            last = sets - len(weights) // len(parts[0])
+            scores = torch.cat([each.scores for each in judgements[last:]])
+            return torch.cat(torch.autograd.grad(scores, parts[last:], weights, create_graph=True))
+
+        return Judgement(*map(torch.cat, zip(*judgements, strict=True))), pull
+
+
+def computed_in(dtype: torch.dtype | None, like: Tensor) -> torch.autocast:
+    """Autocast to bfloat16 where that is asked for."""
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 @torch.no_grad()
 def initialise(network: nn.Module, seed: int, role: str) -> None:
-    """Weights N(0, 1), biases 0; each a function of (seed, role, its name), whatever the stage it enters in."""
+    """Weights N(0, 1) and biases 0, or as the network's own `initial` has it.
+
+    Each is a function of (seed, role, its name), whatever the stage it enters in.
+    """
+    drawn_with = getattr(network, "initial", equalized)
     for name, parameter in network.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        else:
+        mean, deviation = drawn_with(name, parameter)
+        if deviation:
             source = torch.Generator().manual_seed(random_seed(seed, f"init/{role}/{name}"))
-            parameter.copy_(torch.randn(parameter.shape, generator=source))
+            parameter.copy_(torch.randn(parameter.shape, generator=source) * deviation + mean)
+        else:
+            parameter.fill_(mean)
+
+
+def equalized(name: str, parameter: Tensor) -> tuple[float, float]:  # noqa: ARG001
+    """Mean and deviation of an equalized layer's parameter."""
+    return 0.0, 0.0 if name.endswith("bias") else 1.0
 
 
 def recompute(network: nn.Module, resolution: int) -> None:

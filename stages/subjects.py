@@ -18,18 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradine.configs.schema import Run
+from gradine.configs.schema import AUTOENCODERS, Run
 from gradine.stages import checkpoint, commits
-from gradine.stages.data import Images, data_digest
+from gradine.stages.data import Images, data_digest, labels_of
+from gradine.stages.families import AnyDiscriminator, AnyGenerator, new_discriminator, new_generator
 from gradine.stages.features import Network, Outputs, Unavailable, open_network
 from gradine.stages.generate import draw_latents, generate, images_at_once, load_average
+from gradine.stages.latents import one_hot
 from gradine.stages.metrics import MultiScaleSSIM
-from gradine.stages.networks import Discriminator, Generator, initialise
+from gradine.stages.networks import Judgement, initialise
 from gradine.stages.statistics import Remembered
 
 SWD_IMAGES = 16_384
 MS_SSIM_IMAGES = 20_000  # as 10,000 pairs
-FROM_FEATURES = {"fd", "kid", "neighbors", "is", "copies"}
+FROM_FEATURES = {"fd", "kid", "neighbors", "is", "copies", "classes"}
 
 
 class RealSets:
@@ -127,29 +129,60 @@ class Subjects:
         return found
 
     @cached_property
-    def untrained(self) -> Generator:
+    def untrained(self) -> AnyGenerator:
         """A generator of the same shape with the weights that training starts from."""
-        generator = Generator(self.run.network, self.resolution, fades=False, image_channels=self.run.data.channels)
+        generator = new_generator(self.run.network, self.resolution, False, self.run.data.channels)
         initialise(generator, self.run.training.seed, "generator")
         return generator.to(self.device).eval().requires_grad_(False)
 
     @cached_property
-    def discriminator(self) -> Discriminator:
+    def discriminator(self) -> AnyDiscriminator:
+        """Unavailable for an autoencoder."""
+        if self.run.network.kind in AUTOENCODERS:
+            raise Unavailable("an autoencoder has no discriminator")
+        return self._second()
+
+    @cached_property
+    def encoder(self) -> AnyDiscriminator:
+        """Of an autoencoder."""
+        return self._second()
+
+    def _second(self) -> AnyDiscriminator:
+        """The network beside the generator."""
         fades = self.resolution > self.run.stages[0].resolution
-        network = Discriminator(self.run.network, self.resolution, fades, self.run.data.channels)
+        network = new_discriminator(self.run.network, self.resolution, fades, self.run.data.channels)
         checkpoint.load_network(network, "discriminator", self.files)
         return network.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def scores(self, images: Tensor) -> Tensor:
-        """[N, C, R, R] in [-1, 1] -> the discriminator's scores of all whole minibatch-stddev groups of them."""
-        whole = images[:len(images) // 4 * 4].float()
-        chunks = whole.split(images_at_once(self.resolution)) if len(whole) else [images[:0]]
-        return torch.cat([self.discriminator(chunk.to(self.device)).cpu() for chunk in chunks])
+    def judged(self, images: Tensor, labels: Tensor | None) -> Judgement:
+        """[N, C, R, R] in [-1, 1], class numbers [N] -> what D says of all whole minibatch-stddev groups of them."""
+        whole, step = len(images) // 4 * 4, images_at_once(self.resolution)
+        found = []
+        for first in range(0, whole, step):
+            part = slice(first, min(first + step, whole))
+            wanted = None if labels is None else one_hot(labels[part], self.run.network.classes).to(self.device)
+            shown = images[part].float().to(self.device)
+            found.append(self.discriminator.linearised(shown, labels=wanted)[0])
+        if not found:
+            return Judgement(*torch.zeros(3, 0, 0).unbind())._replace(scores=torch.zeros(0))
+        return Judgement(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """Class numbers of the reals, int64, in their shuffled order, which those of the fakes follow; None: the run
+        knows no classes."""
+        if not self.run.network.classes:
+            return None
+        return labels_of(self.images, self.run.network.classes)[self.reals.order]
+
+    def first_labels(self, count: int) -> Tensor | None:
+        return None if self.labels is None else self.labels[:count]
 
     @cached_property
     def latents(self) -> Tensor:
-        return draw_latents(self.run, "evaluation", max(self.count, self.ms_ssim_count))
+        count = max(self.count, self.ms_ssim_count)
+        return draw_latents(self.run, "evaluation", count, labels=self.first_labels(count))
 
     @property
     def ms_ssim_count(self) -> int:
@@ -164,7 +197,7 @@ class Subjects:
     def untrained_fakes(self) -> Gathered:
         return self.gathered(self.untrained, self.latents[:self.count], None)
 
-    def gathered(self, generator: Generator, latents: Tensor, similar: MultiScaleSSIM | None) -> Gathered:
+    def gathered(self, generator: AnyGenerator, latents: Tensor, similar: MultiScaleSSIM | None) -> Gathered:
         """Generates each image once: pixels for SWD, features of the first `count`, pairs for MS-SSIM."""
         left = Gathered(similar=similar)
         if FROM_FEATURES & {*self.run.evaluation.metrics}:
@@ -225,6 +258,14 @@ class Subjects:
     def held_out_images(self) -> Images:
         data = replace(self.run.data, shards=self.run.evaluation.held_out, sampling="raw")
         return self.opened.enter_context(closing(Images(data, self.resolution, self.threads)))
+
+    @cached_property
+    def held_out_labels(self) -> Tensor:
+        """int64 [len], numbered as the classes trained on, whatever their numbers are in that set."""
+        own, names = self.images.index["classes"], self.held_out_images.index["classes"]
+        if missing := {*names} - {*own}:
+            raise ValueError(f"evaluation.held_out has classes that data.shards have not: {', '.join(sorted(missing))}")
+        return torch.tensor([own.index(name) for name in names])[torch.from_numpy(self.held_out_images.labels)]
 
     def _outputs(self, setting: str, keeper: Remembered, name: str, images: Images, ids: np.ndarray) -> Outputs:
         """Read in the order of the shards, given in that of `ids`."""

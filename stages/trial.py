@@ -19,11 +19,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradine.configs.schema import Run
 from gradine.stages import checkpoint, growth
-from gradine.stages.loop import initial_state, new_accelerator, peak_memory_mb, use_threads
+from gradine.stages.data import noise
+from gradine.stages.loop import (
+    initial_state,
+    new_accelerator,
+    new_networks,
+    new_state,
+    peak_memory_mb,
+    use_threads,
+)
 from gradine.stages.losses import penalty_divisor
 from gradine.stages.memory import LiveBytes, out_of_memory_named, room_gb
-from gradine.stages.networks import Discriminator, Generator, recompute
-from gradine.stages.step import Reduce, Rules, Share, TrainState, new_adam, train_step
+from gradine.stages.step import Reduce, Rules, Share, TrainState, train_step
 
 CPU = torch.device("cpu")
 REPEAT_S, MOST_REPEATS = 4.0, 50  # of the steps after the first: the median of short ones, one alone of long ones
@@ -79,13 +86,8 @@ def step_memory_gb(run: Run, stage: int) -> float:
     allocator's own rounding of large blocks. Counted after a step, so that gradients and moments are there.
     """
     setting = run.stages[stage]
-    sizes = run.network, setting.resolution, stage > 0, run.data.channels
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-        generator, discriminator, average = Generator(*sizes), Discriminator(*sizes), Generator(*sizes)
-        recompute(generator, run.training.recompute_from)
-        recompute(discriminator, run.training.recompute_from)
-        state = TrainState(generator, discriminator, average.requires_grad_(False), new_adam(generator, run),
-                           new_adam(discriminator, run), torch.zeros(2))
+        state = new_state(run, *new_networks(run, stage), torch.zeros(2))
         rules = Rules.of(run, setting.batch_size, penalty_divisor(run, setting.resolution), run.format_of(setting)[0])
         shares, reduce = noise(run, stage, 0, setting.workers), Tensor.clone if setting.workers > 1 else None
         for _ in range(2):
@@ -128,20 +130,6 @@ def moments(run: Run, stage: int) -> list[tuple[growth.Moment, float]]:
 def first_moment(run: Run, stage: int) -> growth.Moment:
     """The middle of the stage's fade; alpha 1 where nothing fades."""
     return moments(run, stage)[0][0]
-
-
-def noise(run: Run, stage: int, rank: int, workers: int) -> list[Share]:
-    """One worker's shares of one step, with random pixels for reals."""
-    setting, random = run.stages[stage], torch.Generator().manual_seed(growth.random_seed(run.training.seed, "trial"))
-    size, latent = setting.resolution, run.network.latent_size
-
-    def share(rows: int) -> Share:
-        reals = torch.randint(0, 256, (rows, run.data.channels, size, size), dtype=torch.uint8, generator=random)
-        critic, generator = (torch.randn(rows, latent, generator=random) for _ in range(2))
-        mirrored, mix = (torch.rand(rows, generator=random) for _ in range(2))
-        return Share(reals, mirrored < 0.5, critic, generator, mix)
-
-    return [share(len(rows)) for rows in growth.micro_batches(setting, rank, workers)]
 
 
 def clock(device: torch.device) -> float:

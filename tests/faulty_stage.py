@@ -182,7 +182,7 @@ class Faults:
 
     def poison(self, fault: Job, state: Any, shares: list[Any], clean_ups: list[Callable[[], None]]) -> list[Any]:
         where, value = fault["where"], float(fault.get("value", "nan"))
-        net, adam = (getattr(state, fault.get("net", "discriminator") + part) for part in ("", "_adam"))
+        net, adam = (getattr(state, fault.get("net", "discriminator") + part) for part in ("", "_optimizer"))
         parameter = next(iter(net.parameters()))
         if where == "gradient":
             clean_ups.append(parameter.register_hook(lambda gradient: torch.full_like(gradient, value)).remove)
@@ -219,8 +219,8 @@ def digests(state: Any) -> dict[str, str]:
     found = {role: digest(list(getattr(state, role).parameters()))
              for role in ("generator", "discriminator", "average")}
     for role in ("generator", "discriminator"):
-        of_adam = getattr(state, f"{role}_adam").state
-        found[f"{role}_adam"] = digest([of_adam[p][key] for p in getattr(state, role).parameters() if p in of_adam
+        of_adam = getattr(state, f"{role}_optimizer").state
+        found[f"{role}_optimizer"] = digest([of_adam[p][key] for p in getattr(state, role).parameters() if p in of_adam
                                         for key in ("step", "exp_avg", "exp_avg_sq")])
     return found
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from gradine.configs.schema import Run, UserError, from_dict
 from gradine.stages import checkpoint, commits, growth
 from gradine.stages.loop import initial_state
-from gradine.stages.step import Rules, Share, TrainState, new_adam, train_step
+from gradine.stages.step import Rules, Share, TrainState, new_optimizer, train_step
 from gradine.stages.watch import NonFinite
 from tests import save_process
 
@@ -75,8 +75,8 @@ def everything(state: TrainState) -> dict[str, torch.Tensor]:
     for role in ("generator", "discriminator", "average"):
         found |= {f"{role}.{name}": tensor for name, tensor in getattr(state, role).state_dict().items()}
     for role in ("generator", "discriminator"):
-        for number, moments in getattr(state, f"{role}_adam").state_dict()["state"].items():
-            found |= {f"{role}_adam.{number}.{key}": value for key, value in moments.items()}
+        for number, moments in getattr(state, f"{role}_optimizer").state_dict()["state"].items():
+            found |= {f"{role}_optimizer.{number}.{key}": value for key, value in moments.items()}
     return found
 
 
@@ -125,7 +125,7 @@ def test_restoring_a_saved_state_gives_every_bit_back(tmp_path: Path, steps: int
     assert_same_bits(everything(state), everything(again))
     if steps:
         assert state.masked.tolist() == [1, 0]
-        kinds = {name.rsplit(".", 1)[1] for name in everything(again) if "_adam" in name}
+        kinds = {name.rsplit(".", 1)[1] for name in everything(again) if "_optimizer" in name}
         assert kinds == {"step", "exp_avg", "exp_avg_sq"}
         assert again.images_seen == 104
 
@@ -144,7 +144,7 @@ def test_moments_belong_to_their_own_parameters_by_name(saved: Path) -> None:
     stored = safetensors.torch.load_file(saved / "optimizers.safetensors")
     for role in ("generator", "discriminator"):
         for name, parameter in getattr(state, role).named_parameters():
-            for key, value in getattr(state, f"{role}_adam").state[parameter].items():
+            for key, value in getattr(state, f"{role}_optimizer").state[parameter].items():
                 assert torch.equal(stored[f"{role}.{name}.{key}"], value)
     parameters = [*state.generator.parameters(), *state.discriminator.parameters()]
     assert len(stored) == 3 * len(parameters)
@@ -173,7 +173,7 @@ def test_channels_last_weights_and_moments_survive_bit_by_bit(tmp_path: Path) ->
         step(state, 1, number)
     again = initial_state(run, 1, str(save(tmp_path, state)), CPU, None)
     assert_same_bits(everything(state), everything(again))
-    weight, moment = next((p, again.generator_adam.state[p]["exp_avg"]) for p in again.generator.parameters()
+    weight, moment = next((p, again.generator_optimizer.state[p]["exp_avg"]) for p in again.generator.parameters()
                           if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1)
     assert moment.stride() == weight.stride()
 
@@ -195,7 +195,7 @@ def spoil_average(state: TrainState) -> str:
 
 def spoil_moment(state: TrainState) -> str:
     parameter = list(state.discriminator.parameters())[2]
-    state.discriminator_adam.state[parameter]["exp_avg_sq"].view(-1)[0] = torch.inf
+    state.discriminator_optimizer.state[parameter]["exp_avg_sq"].view(-1)[0] = torch.inf
     return "optimizers/discriminator."
 
 
@@ -448,8 +448,8 @@ def test_growing_keeps_shared_layers_exactly_and_leaves_new_ones_fresh_in_the_av
             assert torch.equal(tensor, was[name] if name in was else new[name]), f"{role}.{name}"
     shared = older.generator.state_dict().keys() & grown.generator.state_dict().keys()
     assert any(not torch.equal(grown.average.state_dict()[n], grown.generator.state_dict()[n]) for n in shared)
-    assert not grown.generator_adam.state
-    assert not grown.discriminator_adam.state
+    assert not grown.generator_optimizer.state
+    assert not grown.discriminator_optimizer.state
     assert (grown.images_seen, grown.masked.tolist()) == (240, [1, 0])
 
 
@@ -498,10 +498,10 @@ def test_a_gray_state_is_saved_restored_and_grown_like_any(tmp_path: Path) -> No
 
 def test_a_fresh_adam_takes_up_the_moments_and_the_step_it_was_saved_with(saved: Path) -> None:
     state = initial_state(RUN, 1, str(saved), CPU, None)
-    steps = {float(moments["step"]) for moments in state.generator_adam.state.values()}
+    steps = {float(moments["step"]) for moments in state.generator_optimizer.state.values()}
     assert steps == {3.0}
-    assert {float(m["step"]) for m in state.discriminator_adam.state.values()} == {2.0}  # one update was masked
-    assert not new_adam(state.generator, RUN).state
+    assert {float(m["step"]) for m in state.discriminator_optimizer.state.values()} == {2.0}  # one update was masked
+    assert not new_optimizer(state.generator, RUN).state
 
 
 def test_retention_keeps_what_was_just_written_though_later_damaged_ones_lie_beside_it(tmp_path: Path) -> None:

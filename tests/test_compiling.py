@@ -10,9 +10,9 @@ import torch
 
 from gradine.configs.schema import Run, from_dict
 from gradine.stages.compiling import compiled
+from gradine.stages.data import noise
 from gradine.stages.loop import initial_state
 from gradine.stages.step import Objectives, Rules, Share, TrainState
-from gradine.stages.trial import noise
 
 SETTINGS: dict[str, Any] = {"penalty_every": 2, "precision": "float32", "channels_last": False}
 plain_compile = torch.compile
@@ -47,8 +47,8 @@ def assert_same_function(run: Run) -> None:
             for net, fast, slow in (
                     (state.discriminator, partial(objectives.critic, state, share, alpha, rules, penalised),
                      partial(plain.critic, state, share, alpha, rules, penalised)),
-                    (state.generator, partial(objectives.generator, state, share, alpha, rules),
-                     partial(plain.generator, state, share, alpha, rules))):
+                    (state.generator, partial(objectives.generator, state, share, alpha, rules, 0),
+                     partial(plain.generator, state, share, alpha, rules, 0))):
                 (loss, figures), (expected_loss, expected) = fast(), slow()
                 assert figures.keys() == expected.keys()
                 torch.testing.assert_close(figures, expected, rtol=1e-4, atol=1e-5)

@@ -424,8 +424,8 @@ def test_f24_a_poisoned_gradient_on_one_rank_masks_that_update_on_all_alike(
         if at in (80, 160):  # Adam is new
             continue
         changed = {part for part in after if after[part] != before[part]}
-        of_net = {"discriminator": {"discriminator", "discriminator_adam"},
-                  "generator": {"generator", "generator_adam", "average"}}
+        of_net = {"discriminator": {"discriminator", "discriminator_optimizer"},
+                  "generator": {"generator", "generator_optimizer", "average"}}
         assert changed == set(after) - of_net.get(poisons.get(at, ("", "", ""))[1], set()), at
     counts = [event["masked"] for event in attempt.events("tick")]
     assert counts[-1] == [5, 3]

@@ -21,9 +21,10 @@ from gradine.pipeline import preflight
 from gradine.pipeline.group import Group
 from gradine.pipeline.preflight import Row, what_would_fit
 from gradine.stages import trial as trials
+from gradine.stages.data import noise
 from gradine.stages.memory import OutOfMemory
 from gradine.stages.networks import Discriminator, Generator
-from gradine.stages.trial import first_moment, moments, noise, trial
+from gradine.stages.trial import first_moment, moments, trial
 
 Make = Callable[..., Run]
 HUNGRY = {"latent_size": 8, "fmap_base": 256, "fmap_max": 4}  # feature maps are all that counts: 12 MB an image

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from gradine.configs.schema import UserError, dump, from_dict
+from gradine.pipeline.display import Board, Display
 from gradine.pipeline.report import write_report
 from gradine.pipeline.run_dir import RunDir
 
@@ -528,3 +529,99 @@ def test_ten_thousand_ticks_make_a_small_page(tmp_path):
     with (run.path / "ledger.jsonl").open("w") as ledger:
         ledger.writelines(json.dumps(tick(4, 1 + i, loss_d=i * 7919 % 1000 / 9)) + "\n" for i in range(10_000))
     assert write_report(run).stat().st_size < 250_000
+
+
+# ---- Other games
+
+
+def other_run(folder: Path, stage: dict, **settings) -> RunDir:
+    """A run of one stage of another kind of network."""
+    run = RunDir(folder / "run")
+    run.path.mkdir()
+    data = {"source": "none", "shards": str(folder / "shards"), **settings.pop("data", {})}
+    run.config.write_text(dump(from_dict({
+        "name": "other", "data": data, "stages": [{"hold_images": 100, "batch_size": 4, **stage}], **settings})))
+    run.append("ledger.jsonl", start(1000.0))
+    return run
+
+
+VAE = {"network": {"kind": "vae"}, "training": {"penalty": "none", "drift": 0.0}}
+OTHER = {"event": "tick", "time": 1000.0, "phase": "hold", "alpha": 1.0, "learning_rate": 0.001, "images_per_s": 50.0,
+         "masked": [0.0, 0.0]}
+
+
+def panels(page: Page) -> dict[str, list[str]]:
+    """Title of each panel of curves -> its series."""
+    return {title: re.findall(r'class="key"[^>]*>([^<]*)<', caption) for title, caption in
+            re.findall(r'<figure class="card plot">\s*<h3>(.*?)</h3>\s*<figcaption>(.*?)</figcaption>', page.source,
+                       flags=re.DOTALL)}
+
+
+def test_curves_are_of_what_the_run_has(tmp_path, finished):
+    assert panels(report(finished)) == {
+        "Losses": ["loss_d", "loss_g"], "Scores": ["score_real", "score_fake"],
+        "Penalty and gradient norm": ["penalty", "gradient_norm"], "Speed": ["images_per_s"]}
+    (tmp_path / "vae").mkdir()
+    run = other_run(tmp_path / "vae", {"resolution": 8}, **VAE)
+    for seen in (20, 40, 60):
+        run.append("ledger.jsonl", {**OTHER, "resolution": 8, "images_seen": seen, "loss_g": 0.5, "gradient_g": 0.1,
+                                    "reconstruction": 0.2, "divergence": 3.0})
+    assert panels(report(run)) == {
+        "Losses": ["loss_g"], "Reconstruction": ["reconstruction"], "Divergence": ["divergence"],
+        "Gradient of the generator": ["gradient_g"], "Speed": ["images_per_s"]}
+
+
+def test_a_curve_that_begins_later_is_drawn_beside_one_that_was_there_from_the_start(tmp_path):
+    """G's first step comes after five of D: the first ticks have no loss_g."""
+    run = other_run(tmp_path, {"resolution": 8})
+    for seen in (20, 40, 60):
+        run.append("ledger.jsonl", {**OTHER, "resolution": 8, "images_seen": seen, "loss_d": 0.5, "augmentation": 0.1,
+                                    **({"loss_g": 0.3} if seen > 20 else {})})
+    assert panels(report(run)) == {"Losses": ["loss_d", "loss_g"], "Augmentation": ["augmentation"],
+                                   "Speed": ["images_per_s"]}
+
+
+def test_a_game_of_points_shows_its_plot_whole(tmp_path):
+    run = other_run(tmp_path, {"resolution": 1}, data={"channels": 2, "points": {"kind": "ring"}},
+                    network={"kind": "mlp"}, training={"mirror": False})
+    run.append("ledger.jsonl", {**OTHER, "resolution": 1, "images_seen": 100, "loss_d": 0.5, "loss_g": 0.3})
+    run.append("metrics.jsonl", {**metric("modes", 4, value=8.0), "resolution": 1, "images_seen": 100})
+    run.samples.mkdir()
+    plot = np.random.default_rng(0).integers(0, 256, (450, 900, 3), dtype=np.uint8)
+    Image.fromarray(plot).save(run.samples / "r0001-000000100.png")
+    page = report(run)
+    (picture,) = page.pictures("")
+    np.testing.assert_array_equal(np.asarray(picture), plot)
+    assert "Real and generated points after 100 reals" in page.text
+    assert "growing" not in page.text
+    assert page.row("stage-1", page.tables["stage-1"][2][0])[1] == "8"
+
+
+def test_a_conditional_run_shows_each_class(tmp_path):
+    run = other_run(tmp_path, {"resolution": 16}, network={"kind": "dcgan", "conditioning": "projection", "classes": 10},
+                    training={"loss": "hinge", "penalty": "none", "drift": 0.0})
+    run.append("ledger.jsonl", {**OTHER, "resolution": 16, "images_seen": 100, "loss_d": 0.5, "loss_g": 0.3})
+    save_grid(run, "r0016-000000100.png", tiles(16, 80))
+    run.append("metrics.jsonl", {**metric("class_fd_pixels16", 16, value=9.0, parts={"0": 8.0, "1": 10.0, "2": None}),
+                                 "images_seen": 100})
+    page = report(run)
+    assert {picture.size for picture in page.pictures("Generated images, 16 px")} == {(8 * 16, 10 * 16)}
+    assert "A row for each class" in page.text
+    assert "0: 8, 1: 10" in page.text
+
+
+def test_the_line_of_a_tick_says_what_the_run_has(tmp_path):
+    run = from_dict({"name": "other", "data": {"source": "none", "shards": "none"},
+                     "stages": [{"resolution": 8, "hold_images": 100, "batch_size": 4}]})
+    shown = Display(run)
+    tick_of = {**OTHER, "resolution": 8, "images_seen": 20}
+    assert "D    0.500  G    0.300" in shown.line({**tick_of, "loss_d": 0.5, "loss_g": 0.3})
+    assert "D    0.500  " in shown.line({**tick_of, "loss_d": 0.5})
+    line = shown.line({**tick_of, "loss_g": 0.3, "reconstruction": 0.25})
+    assert "G    0.300  reconstruction    0.250" in line
+    assert "  D " not in line
+    told = []
+    board = Board(tmp_path / "curves", told.append)
+    board.tick({**tick_of, "loss_g": 0.3, "reconstruction": 0.25})
+    assert [*(tmp_path / "curves").iterdir()]
+    assert told == []

@@ -70,14 +70,15 @@ def test_the_defaults_are_those_of_the_paper() -> None:
     assert (stage.fade_images, stage.hold_images, stage.learning_rate) == (600_000, 600_000, 0.001)
 
 
-@pytest.mark.parametrize("path", sorted(Path(schema.__file__).parent.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_bundled_recipe_loads_by_name_and_with_each_of_its_presets(path: Path) -> None:
-    given = ["data.source=images"]  # only the demo images come along
-    run = load(path.stem, given)
+@pytest.mark.parametrize("name", [path.relative_to(schema.RECIPES).with_suffix("").as_posix()
+                                  for path in sorted(schema.RECIPES.rglob("*.yaml"))])
+def test_every_bundled_recipe_loads_by_name_and_with_each_of_its_presets(name: str) -> None:
+    path, given = schema.RECIPES / f"{name}.yaml", ["data.source=images"]  # only the demo images come along
+    run = load(name, given)
     assert run == load(path, given)
-    assert run.stages[0].resolution == 4
+    assert run.stages[0].resolution == 4 or run.network.kind != "progressive"
     for preset in yaml.safe_load(path.read_text()).get("presets", {}):
-        assert load(path.stem, [*given, f"preset={preset}"]).preset == str(preset)
+        assert load(name, [*given, f"preset={preset}"]).preset == str(preset)
 
 
 def test_a_star_reaches_every_stage_and_an_index_reaches_one(recipe: Path) -> None:

@@ -25,9 +25,10 @@ from gradine.pipeline import evaluations
 from gradine.stages import evaluate, growth, step
 from gradine.stages.features import open_network
 from gradine.stages.generate import generate
+from gradine.stages.losses import critic_loss, draw_targets
 from gradine.stages.networks import Discriminator, Generator, initialise
 from gradine.stages.subjects import Gathered
-from gradine.stages.watch import Alarms, NonFinite, Watch
+from gradine.stages.watch import Alarms, Balance, Bounds, NonFinite, Watch
 
 Tick = dict[str, Any]
 BATCH = 8
@@ -64,7 +65,7 @@ def new_state(run: Run, resolution: int, older: step.TrainState | None) -> step.
     if older:
         for net, old in zip(nets, (older.generator, older.discriminator, older.average), strict=True):
             net.load_state_dict(old.state_dict(), strict=False)
-    return step.TrainState(*nets, *(step.new_adam(net, run) for net in nets[:2]),  # type: ignore[arg-type]
+    return step.TrainState(*nets, *(step.new_optimizer(net, run) for net in nets[:2]),  # type: ignore[arg-type]
                            torch.zeros(2), older.images_seen if older else 0)
 
 
@@ -77,8 +78,8 @@ def ticks_of(run: Run) -> Iterator[Tick]:
             state = new_state(run, moment.phase.resolution, state)
             images, rules = smooth_images(moment.phase.resolution), step.Rules.of(run, BATCH, 1)
         elif moment.starts_phase:
-            state.generator_adam, state.discriminator_adam = (
-                step.new_adam(net, run) for net in (state.generator, state.discriminator))
+            state.generator_optimizer, state.discriminator_optimizer = (
+                step.new_optimizer(net, run) for net in (state.generator, state.discriminator))
         seen = step.train_step(state, [share_at(run, images, moment.images_seen)], moment, rules)
         yield {"event": "tick", "resolution": moment.phase.resolution, "phase": moment.phase.kind,
                "alpha": moment.alpha, "learning_rate": moment.learning_rate, "images_seen": state.images_seen,
@@ -138,7 +139,8 @@ def test_f25_updates_masked_without_end_are_counted_and_end_the_stage(monkeypatc
 
 HIDING = {"nan_to_num", "nan_to_num_", "nansum", "nanmean", "nanmedian", "clamp", "clamp_", "clip", "clip_", "fmax",
           "fmin", "clamp_min", "clamp_max", "clip_grad_norm_", "clip_grad_value_", "where", "masked_fill"}
-FINITE_ANYWAY = {"torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)"}  # chooses, by a flag that is drawn
+FINITE_ANYWAY = {"torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)",  # choose, by flags that are drawn
+                 "torch.where(uniforms[:, 2:] < training.flip_labels, own.flip(1), own)"}
 
 
 @pytest.mark.fault
@@ -311,6 +313,167 @@ def test_the_same_training_seen_from_a_final_resolution_or_in_gray_alarms_alike(
     run = small_run()
     seen_from_32 = dataclasses.replace(run, training=dataclasses.replace(run.training, penalty_at="final"))
     assert [Alarms.of(seen_from_32, stage).penalty_divisor for stage in (0, 1)] == [2, 1]
+
+
+# Balance -----------------------------------------------------------------------------------------------------------
+
+
+def game(loss: str, **training: Any) -> Run:
+    return from_dict({"name": "watched", "data": {"source": "none", "shards": "none"},
+                      "network": {"latent_size": 8, "fmap_base": 64, "fmap_max": 8},
+                      "training": {"loss": loss, "penalty": "r1", "drift": 0.0, **training},
+                      "stages": [{"resolution": 8, "batch_size": BATCH}]})
+
+
+def played(*series: dict[str, float]) -> list[Tick]:
+    """Ticks of 8 px with these figures."""
+    return [{"resolution": 8, "phase": "hold", "alpha": 1.0, "learning_rate": 0.001, "images_seen": n * BATCH,
+             **figures} for n, figures in enumerate(series, 1)]
+
+
+def told(run: Run, ticks: list[Tick]) -> list[tuple[str, int]]:
+    """(alarm, at which tick)."""
+    alarms = Alarms.of(run, 0)
+    return [(alarm["alarm"], alarm["images_seen"] // BATCH) for tick in ticks for alarm in alarms.look(tick)]
+
+
+BLIND = {"minimax": 2 * math.log(2), "non_saturating": 2 * math.log(2), "least_squares": 0.25, "hinge": 2.0,
+         "relativistic": math.log(2)}
+
+
+def searched(run: Run) -> tuple[float, float]:
+    """The least D's loss can be, of each image, and of one score for all: over a grid of scores and drawn targets."""
+    targets = draw_targets(run.training, torch.rand(4_000, 4, generator=torch.Generator().manual_seed(0)))
+    scores = torch.linspace(-12, 12, 481)[:, None]
+
+    def mean_loss(reals: Tensor, fakes: Tensor) -> Tensor:
+        return critic_loss(run.training.loss, reals.expand(-1, 4_000), fakes.expand(-1, 4_000), targets).mean(1)
+
+    def best(fakes_for: Callable[[Tensor], Tensor]) -> float:
+        return float(mean_loss(scores, fakes_for(scores)).min())
+
+    if run.training.loss == "relativistic":
+        return best(torch.neg), best(lambda each: each)
+    of_reals = best(torch.zeros_like) - float(mean_loss(torch.zeros(1, 1), torch.zeros(1, 1)))
+    return of_reals + float(mean_loss(torch.zeros_like(scores), scores).min()), best(lambda each: each)
+
+
+@pytest.mark.parametrize("labels", [{}, {"real_labels": [0.9]},
+                                    {"real_labels": [0.7, 1.0], "fake_labels": [0.0, 0.3], "flip_labels": 0.1}])
+@pytest.mark.parametrize("loss", BLIND)
+def test_the_bound_of_a_discriminator_s_loss_is_the_least_it_can_be(loss: str, labels: dict[str, Any]) -> None:
+    """Of one that knows all, and of one that has but one score for everything."""
+    if labels and loss in ("hinge", "relativistic"):
+        pytest.skip("has no targets")
+    run = game(loss, **labels)
+    bounds = Bounds.of(run.training)
+    assert bounds
+    assert (bounds.sure, bounds.blind) == pytest.approx(searched(run), abs=4e-3)
+    if not labels:
+        assert (bounds.sure, bounds.blind) == pytest.approx((0, BLIND[loss]))
+
+
+@pytest.mark.parametrize("loss", BLIND)
+@pytest.mark.parametrize(("share", "kind"), [(0.01, "discriminator wins"), (0.1, None), (1.0, None), (1.1, None),
+                                             (1.4, "generator wins")])
+def test_a_player_wins_once_the_loss_of_d_stays_at_its_bound_or_above_that_of_a_guess(loss: str, share: float,
+                                                                                      kind: str | None) -> None:
+    """Beside a penalty as large, which is taken out. At the value of a D that guesses is the equilibrium."""
+    blind = BLIND[loss]
+    healthy = [{"loss_d": 0.6 * blind + 0.5, "penalty": 0.5}] * 20
+    after = [{"loss_d": share * blind + 0.5, "penalty": 0.5}] * 40
+    assert told(game(loss), played(*healthy, *after)) == ([(kind, 36)] if kind else [])
+
+
+def test_a_loss_at_its_bound_now_and_then_is_no_win() -> None:
+    low, high = {"loss_d": 0.001}, {"loss_d": 0.4}
+    assert told(game("hinge"), played(*[*[low] * 15, high] * 10)) == []
+
+
+def test_an_alarm_of_balance_says_what_was_seen_by_which_rule_and_the_way_out() -> None:
+    alarms = Balance.of(game("non_saturating"))
+    (found,) = [each for tick in played(*[{"loss_d": 0.01}] * 20) for each in alarms.look(tick)]
+    assert json.loads(json.dumps(found)) == found
+    assert set(found) == {"alarm", "figure", "value", "bound", "rule", "images_seen", "resolution", "message"}
+    assert (found["images_seen"], found["bound"]) == (16 * BATCH, 0.03)
+    assert found["value"] == pytest.approx(0.01 / (2 * math.log(2)))
+    assert found["message"].startswith("8px after 128 images: the discriminator's loss is 0.01, and its bound is 0, "
+                                       "that of a D that guesses 1.39: the discriminator wins")
+    assert "training.penalty=r1" in found["message"]
+
+
+@pytest.mark.parametrize(("factor", "share", "kinds"), [
+    (2e-4, 0.5, ["vanishing gradient"]), (0.0, 0.5, ["vanishing gradient"]), (2e-3, 0.5, []),
+    (2e-4, 1.0, [])])  # nothing is left to learn: D guesses
+def test_a_generator_whose_gradient_has_vanished_is_told_of_unless_d_guesses(factor: float, share: float,
+                                                                             kinds: list[str]) -> None:
+    start = [{"loss_d": 1.0, "gradient_g": 0.02 * (1 + n % 3)} for n in range(32)]  # median 0.04
+    after = [{"loss_d": share * 2 * math.log(2), "gradient_g": factor * 0.04 * (1 + n % 2)} for n in range(40)]
+    assert told(game("minimax"), played(*start, *after)) == [(kind, 48) for kind in kinds]
+
+
+def losses_of(amplitude: Callable[[int], float], count: int, seed: int, period: float = 5.3) -> list[dict[str, float]]:
+    """loss_g that swings by this amplitude about 0.7, with noise."""
+    noise = np.random.default_rng(seed).normal(size=count)
+    return [{"loss_g": 0.7 + amplitude(n) * math.sin(2 * math.pi * n / period) + 0.02 * noise[n], "loss_d": 1.0}
+            for n in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_losses_that_swing_ever_wider_are_told_of_and_those_that_just_swing_are_not(seed: int) -> None:
+    def grows(n: int) -> float:
+        return 0.02 * 1.05 ** n
+
+    found = told(game("non_saturating"), played(*losses_of(grows, 200, seed)))
+    assert [kind for kind, _ in found] == ["oscillation"]
+    assert told(game("non_saturating"), played(*losses_of(lambda n: 1.0, 300, seed))) == []
+    assert told(game("non_saturating"), played(*losses_of(lambda n: min(n, 100) / 100, 300, seed))) == []
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "walk", "trend"])
+def test_noise_and_trends_are_no_oscillation(kind: str) -> None:
+    rng, found, run = np.random.default_rng(0), 0, game("non_saturating")
+    for _ in range(30):
+        series = {"normal": rng.normal(size=300), "heavy": rng.standard_t(2, size=300),
+                  "walk": rng.normal(size=300).cumsum(), "trend": np.exp(np.arange(300) / 20)}[kind]
+        found += len(told(run, played(*({"loss_g": float(value)} for value in series))))
+    assert found == 0
+
+
+def test_an_autoencoder_is_told_of_once_it_gets_worse_and_never_of_a_player_that_wins() -> None:
+    run = from_dict({"name": "watched", "data": {"source": "none", "shards": "none"},
+                     "network": {"kind": "vae", "latent_size": 8, "fmap_base": 64, "fmap_max": 8},
+                     "training": {"penalty": "none", "drift": 0.0},
+                     "stages": [{"resolution": 8, "batch_size": BATCH}]})
+    falling = [{"loss_g": 1 / n, "reconstruction": 1 / n, "divergence": 3.0, "gradient_g": 1 / n**4}
+               for n in range(1, 101)]
+    worse = [{"loss_g": 0.05, "reconstruction": 0.05}] * 10
+    assert told(run, played(*falling)) == []
+    assert told(run, played(*falling, *worse)) == [("divergence", 105)]
+
+
+@pytest.mark.parametrize("missing", ["loss_d", "loss_g", "penalty", "gradient_norm", "gradient_g", "score_real"])
+def test_a_tick_may_lack_any_figure(missing: str) -> None:
+    whole = {"loss_d": 0.25, "loss_g": 0.7, "penalty": 0.1, "gradient_norm": 1.0, "score_real": 0.1, "score_fake": 0.0,
+             "gradient_g": 0.1}
+    series = played(*[{name: value for name, value in whole.items() if name != missing}] * 100)
+    if missing != "score_real":  # which the critic's own step always gives
+        assert told(small_run(resolution=8, hold_images=80), series) == []
+    for loss in BLIND:
+        assert told(game(loss), series) == []
+
+
+def test_a_figure_that_is_not_finite_says_nothing_of_balance() -> None:
+    series = played(*[{"loss_d": 0.001, "loss_g": math.nan}] * 40)
+    assert told(game("hinge"), series) == []
+
+
+@pytest.mark.parametrize(("training", "kind"), [
+    ({}, Alarms), ({"feature_matching": True}, Balance), ({"penalty": "none", "clip": 0.01, "drift": 0.0}, Balance)])
+def test_each_game_has_the_watch_that_fits_it(training: dict[str, Any], kind: type) -> None:
+    raw = {"name": "watched", "data": {"source": "none", "shards": "none"}, "training": training,
+           "stages": [{"resolution": 8, "batch_size": BATCH}]}
+    assert type(Alarms.of(from_dict(raw), 0)) is kind
 
 
 # Diversity ---------------------------------------------------------------------------------------------------------

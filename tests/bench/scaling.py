@@ -21,10 +21,11 @@ import torch.multiprocessing as processes
 
 from gradine.configs.schema import from_dict, load
 from gradine.stages import growth
+from gradine.stages.data import noise
 from gradine.stages.loop import initial_state
 from gradine.stages.losses import penalty_divisor
 from gradine.stages.step import Rules, train_step
-from gradine.stages.trial import first_moment, noise
+from gradine.stages.trial import first_moment
 
 FLOATS = (1, 65_536, 1 << 20, 6_556_163, 20_719_628, 23_079_115)  # the last three: generators to 4, 32 and 1024 px
 REPEATS, ROUNDS = 7, 3
