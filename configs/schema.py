@@ -51,7 +51,8 @@ class Points:
         one_of("data.points.kind", self.kind, ["none", "gaussian", "ring", "grid"])
         for name in ("mean", "deviations"):
             pair = getattr(self, name)
-            require(len(pair) == 2, f"data.points.{name}={pair}: give two numbers, [x, y].")
+            require(len(pair) == 2 and all(map(math.isfinite, pair)),
+                    f"data.points.{name}={pair}: give two numbers, [x, y].")
         require(min(self.deviations) > 0 and self.radius > 0,
                 f"data.points.deviations={self.deviations}, radius={self.radius} must be positive.")
         require(-1 < self.correlation < 1, f"data.points.correlation={self.correlation} must lie between -1 and 1.")
@@ -271,7 +272,7 @@ class Training:
             require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be at least 1.")
         for name in ("real_labels", "fake_labels"):
             ends = getattr(self, name)
-            require(len(ends) in (1, 2) and sorted(ends) == ends,
+            require(len(ends) in (1, 2) and sorted(ends) == ends and all(map(math.isfinite, ends)),
                     f"training.{name}={ends}: give one target, [0.9], or the two it is drawn between, [0.7, 1.2].")
         require(0 <= self.flip_labels < 0.5, f"training.flip_labels={self.flip_labels}: use 0 <= flip_labels < 0.5.")
         require(self.penalty_target > 0, f"training.penalty_target={self.penalty_target} must be positive.")

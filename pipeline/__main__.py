@@ -204,7 +204,7 @@ def direction(context: typer.Context,
                   "of class K, instead of along the classifier's gradients.")] = None,
               steps: Annotated[int, typer.Option(min=1, help="At most, until the classifier says yes.")] = 100,
               reach: Annotated[float, typer.Option(
-                  min=1e-6, help="Strips go so far both ways, in standard deviations of the latents.")] = 3,
+                  min=1e-6, help="Strips go so far both ways, in standard deviations of the latents.")] = 2,
               count: Annotated[int, typer.Option(min=1, help="Rows of a strip.")] = 8,
               seed: int = 0, out: ExploreOut = None, checkpoint: ExploreCheckpoint = "") -> None:
     """A direction in which images become class K, its strip, and what it does to the other classes."""

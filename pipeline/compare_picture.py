@@ -53,7 +53,8 @@ def cut(grid: Image.Image, resolution: int) -> Image.Image:
 def draw_charts(figure: SubFigure, sides: list[Side], recipes: list[Recipe], lines: list[Line], rows: int) -> None:
     seeds, any_row = len(recipes[0].runs), sides[0].any
     bars = f"dots: {seeds} seeds, bar: their mean ± standard deviation" if seeds > 1 else "bar: 95 % interval"
-    figure.suptitle(f"{any_row['resolution']} px · {bars} · gray line: noise floor, or the reals' own", fontsize=9)
+    figure.suptitle(f"{any_row['resolution']} px · {bars} · ◆ the best · gray: noise floor, or the reals' own",
+                    fontsize=9)
     if not lines:
         return
     panels = figure.subplots(rows, PANELS, squeeze=False, sharey=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 LEAST_SPREAD = 0.25  # of the fakes' variance over the reals': below it diversity collapses
 LEAST_COVERAGE = 0.3  # of the best before it: below it too
+LEAST_MODES = 0.75  # of those of a known mixture
 KNOWN_COVERAGE = 0.5  # of the reals: a run that covered fewer so far can not be told to have lost them
 MOST_COPIES = 0.25  # of the fakes, where 0.01 are expected: above it the training images are learned by heart
 FEWEST_TO_COPY, FEWEST_COPIES = 50, 100  # reals and fakes; healthy ones reached 0.21 of fewer (docs/metrics.md)
@@ -248,6 +249,9 @@ def collapse(run: Run, rows: Iterable[Row], earlier: Iterable[Row]) -> Row | Non
     spread = next((row for row in known if row["metric"] == "spread_pixels16"), None)  # the bound is that of pixels
     covered = sorted((row for row in known if row["metric"].startswith("coverage_")),
                      key=lambda row: row["metric"] != "coverage_pixels16")
+    modes = next((row for row in known if row["metric"] == "modes"), None)  # of points, whose density is known
+    if modes and (found := lost_modes(modes)):
+        return alarm("collapsing diversity", modes, found)
     if spread and (found := too_alike(spread)):
         return alarm("collapsing diversity", spread, found)
     if covered and (found := too_few(covered[0], best_coverage(run, covered[0], earlier))):
@@ -282,6 +286,16 @@ def alarm(name: str, row: Row, found: Row) -> Row:
 
 LOST_DIVERSITY = ("Look at the samples; if diversity is lost, go on from before with a lower learning rate: "
                   "resume=RESOLUTION branch=new stages.<n>.learning_rate=...")
+
+
+def lost_modes(row: Row) -> Row | None:
+    of = row["parts"]["of"]
+    if row["value"] >= LEAST_MODES * of:
+        return None
+    return {"bound": LEAST_MODES * of, "rule": f"at least {LEAST_MODES:.0%} of the modes are found",
+            "remedy": "Try training.loss=relativistic with training.penalty=r1+r2, or network.mlp.minibatch=stddev.",
+            "what": f"the generated points lie at {row['value']:g} of {of} modes, expected {LEAST_MODES * of:g} or "
+                    "more"}
 
 
 def too_alike(row: Row) -> Row | None:

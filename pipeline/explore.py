@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradine.configs.schema import AUTOENCODERS, Run, UserError, require
 from gradine.pipeline.commands import chosen
@@ -37,7 +37,7 @@ from gradine.stages.subjects import read
 DRAWN_AT_ONCE = 64  # latents: what lies behind one in the stream of random numbers depends on how many are drawn
 FRAMES, FPS = 48, 24  # of the video, from one seed to the next
 SHOWN = 256  # px a side at least, of a video's frame
-FOLLOWED, JUDGED, SHIFTS = 64, 100, 9  # samples that show a direction, others that it is tried on, and places on it
+FOLLOWED, JUDGED, SHIFTS = 256, 100, 7  # samples that show a direction, others that it is tried on, and places on it
 NEIGHBOURS = 4
 
 
@@ -236,6 +236,8 @@ def classifier_of(it: Opened, name: str, place: torch.device) -> explore.Classif
     module, _, function = name.partition(":")
     try:
         classify = getattr(importlib.import_module(module), function)()
+        if isinstance(classify, nn.Module):
+            classify = classify.to(place).eval()  # dropout or batch norm in training would mix the samples
     except Exception as error:  # anyone's code
         raise UserError(f"--classifier={name} cannot be used: {first_line(error)}. It must be module:function, the "
                         "module on PYTHONPATH, and function() give a callable: images [N, C, R, R] in [-1, 1] -> "

@@ -59,6 +59,8 @@ NUMBERS = ("value", "floor", "untrained", "reals")
 MISSING: Row = dict.fromkeys((*NUMBERS, "reason", "interval", "parts", "features_digest", "count", "seed", "data",
                               "seconds"))
 ALIKE = ("resolution", "count", "features_digest", "data")  # what two rows of a metric share if they compare
+SAID = {"swd", "fd", "kid", "class_fd", "reconstruction", "mean_error", "covariance_error", "coverage", "spread",
+        "ms_ssim", "modes", "high_quality", "copy_rate", "optimal_discriminator", "class_accuracy"}  # on a line
 REASON_SHOWN, REASONS_SHOWN = 90, 2  # letters of a reason on a line, and reasons
 
 
@@ -108,7 +110,7 @@ def alike(one: Row, other: Row) -> bool:
 def strongest(rows: Iterable[Row]) -> str:
     """The features by which the rows' Fréchet distances, those with a value, say most; `` without any."""
     found = {features for row in rows if row["value"] is not None
-             for kind, features in [split(row["metric"])] if kind == "fd"}
+             for kind, features in [split(row["metric"])] if kind in ("fd", "class_fd")}
     return min(found, key=_weakness, default="")
 
 
@@ -219,8 +221,7 @@ def figures_line(of: Checkpoint, rows: Iterable[Row]) -> str:
     for metric in sorted(known, key=order):
         kind, features = split(metric)
         row = known[metric]
-        if features not in ("", chosen) or kind not in ("swd", "fd", "kid", "coverage", "spread", "ms_ssim",
-                                                        "copy_rate"):
+        if features not in ("", chosen) or kind not in SAID:
             continue
         beside = [f"{name} {figure_text(row[name])}" for name in ("floor", "untrained", "reals")
                   if row[name] is not None and (name == "reals" or group(metric) == DISTANCE)]

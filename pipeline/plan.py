@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gradine.configs.combinations import coupling
 from gradine.configs.schema import Run, Stage, UserError, as_dict, flatten
 from gradine.stages import growth
 from gradine.stages.commits import Checkpoint
@@ -188,6 +189,8 @@ def memory_gb(run: Run, stage: Stage) -> float:
 
 def _maps_at_the_peak(run: Run, resolution: int) -> int:
     """Floats of D's feature maps of one image: all before the backward, or what it makes again for one block."""
+    if run.network.kind == "mlp":
+        return run.network.mlp.depth * run.network.mlp.width + run.data.channels * resolution**2
     floats = {size: growth.channels(run.network, size) * size**2 for size in growth.resolutions(resolution)}
     maps = {size: own + growth.channels(run.network, max(4, size // 2)) * size**2 for size, own in floats.items()}
     again = [size for size in floats if 0 < run.training.recompute_from <= size]  # these keep their input alone
@@ -212,7 +215,8 @@ def table(run: Run, plan: Plan, measured: dict[int, float]) -> list[dict[str, An
         rate = measured.get(stage.resolution) or ASSUMED_GMACS[device] * 1e9 * units / step_macs
         rows.append({
             "resolution": stage.resolution, "batch_size": stage.batch_size, "learning_rate": stage.learning_rate,
-            "workers": stage.workers, "most_workers": stage.batch_size // growth.group_size(stage.batch_size),
+            "workers": stage.workers, "most_workers": 1 if coupling(run) else stage.batch_size // growth.group_size(
+                stage.batch_size),
             "micro_batch": stage.micro_batch, "threads": stage.threads, "device": device,
             "precision": run.format_of(stage)[0],
             "fade_images": stage.fade_images if index else 0, "hold_images": stage.hold_images, "left": left,

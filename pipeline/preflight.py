@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gradine.configs.combinations import coupling
 from gradine.configs.schema import EnvironmentFault, Run, Stage, UserError
 from gradine.pipeline import plan as planning
 from gradine.pipeline.cluster import connected, one_line
@@ -122,7 +123,7 @@ def measured(run: Run, index: int) -> Row:
             worst = {name: max(worker[name] for worker in took) for name in took[0]}
             return replace(row, seconds=worst["seconds"], memory_gb=worst["memory_mb"] / 1e3,
                            gpu_gb=worst["gpu_mb"] / 1e3, checkpoint_bytes=int(worst["checkpoint_bytes"]))
-        smaller = smaller_micro_batch(stage)
+        smaller = None if coupling(run) else smaller_micro_batch(stage)
         if smaller is None:
             saved = growth.parameters(run.network, stage.resolution, run.data.channels) * 4 * TENSORS_SAVED
             return replace(row, checkpoint_bytes=saved, lacks=what_would_fit(run, index, room, sharing, reason))

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gradine.configs.combinations import coupling
 from gradine.configs.schema import Network, Run, Stage, require
 from gradine.pipeline import plan as planning
 from gradine.pipeline.display import duration
@@ -119,6 +120,9 @@ def generator_parameters(network: Network, resolution: int, fades: bool, image_c
 
 
 def discriminator_parameters(network: Network, resolution: int, fades: bool, image_channels: int = 3) -> int:
+    """Of networks that are not progressive roughly."""
+    if network.kind != "progressive":
+        return growth.parameters(network, resolution, image_channels)
     width, hidden = growth.channels(network, 4), min(network.fmap_base, network.fmap_max)
     total = (width + 1) * width * 9 + width + width * 16 * hidden + hidden + hidden + 1
     for size in list(growth.resolutions(resolution))[1:]:
@@ -236,12 +240,14 @@ def links_out(stage: Stage, nodes: Nodes, workers: int) -> int:
 def predict(run: Run, index: int, nodes: Nodes, left: int, micro: int, level: Level, measured: Measured) -> Prediction:
     """The stage on the number of workers that is fastest there; of equally fast ones, the fewest. `left`: images."""
     stage = run.stages[index]
-    choices = worker_choices(stage, nodes, micro)
+    choices = [1] if (whole := coupling(run)) else worker_choices(stage, nodes, micro)
     best = min((_with(run, index, nodes, left, level, measured, n) for n in choices),
                key=lambda it: it.seconds or it.step_s)
     groups, room = stage.batch_size // growth.group_size(stage.batch_size), room_for(stage, nodes)
     if best.workers < choices[-1]:
         because = "more is slower"
+    elif whole:
+        because = "one batch"
     elif best.workers == nodes.count * nodes.workers:
         because = "all there are"
     elif best.workers == room:

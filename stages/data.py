@@ -370,7 +370,8 @@ def draw(run: Run, purpose: str, images_seen: int, *shape: int, uniform: bool = 
     return torch.rand(shape, generator=source) if uniform else torch.randn(shape, generator=source)
 
 
-def batches(run: Run, stage: int, images: Images | PointSet, images_seen: int, rank: int, workers: int) -> Iterator[list[Share]]:
+def batches(run: Run, stage: int, images: Images | PointSet, images_seen: int, rank: int,
+            workers: int) -> Iterator[list[Share]]:
     """One worker's shares of each step from `images_seen` to the stage's end, on the CPU."""
     setting, ids_at = run.stages[stage], images.sampler(run.training.seed)
     shares = [torch.tensor(rows) for rows in growth.micro_batches(setting, rank, workers)]
@@ -401,7 +402,7 @@ def labels_of(images: Images | PointSet, classes: int) -> torch.Tensor:
 
 
 def draws(run: Run, images_seen: int, batch: int, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """All of a step's `Share` but the reals, for the GLOBAL batch. labels: int64 [batch] of the reals, if conditional."""
+    """All of a step's `Share` but the reals, for the GLOBAL batch. labels: int64 [batch], if conditional."""
     network, training = run.network, run.training
 
     def latents(who: str) -> torch.Tensor:

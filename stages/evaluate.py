@@ -217,6 +217,8 @@ def ms_ssim(it: Subjects) -> Figures:
 
 def discriminator(it: Subjects) -> Figures:
     """How the discriminator scores reals, held-out ones where there are, and fresh fakes: `value` is its accuracy."""
+    if it.run.network.kind in AUTOENCODERS:
+        return {"discriminator": {"reason": "an autoencoder has no discriminator", "count": 0}}
     count = min(it.count, SCORED_IMAGES)
     metric = Confusion()
     for kind, images, labels in [*scored_reals(it, count), ("fakes", *scored_fakes(it, count))]:
@@ -271,11 +273,11 @@ def reconstruction(it: Subjects) -> Figures:
                else it.reals.batches(it.reals.sets - 1, count))
     for batch in batches:
         images = (batch / 127.5 - 1).to(it.device)
-        latents = it.encoder(images)[:, :it.run.network.latent_size]  # of a vae the mean
+        latents = it.discriminator(images)[:, :it.run.network.latent_size]  # its encoder; of a vae the mean
         errors.append((it.average(latents) - images).square().mean((1, 2, 3)).cpu())
     found = torch.cat(errors).double()
     return {"reconstruction": {"value": float(found.mean()), "count": len(found), "parts": {
-        "held_out": bool(it.run.evaluation.held_out)}}}
+        "held_out": len(found) if it.run.evaluation.held_out else 0}}}
 
 
 # Of features ---------------------------------------------------------------------------------------------------------

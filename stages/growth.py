@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -134,11 +135,27 @@ def resolutions(final: int) -> Iterator[int]:
         size *= 2
 
 
+KERNELS = {"transposed": (16, 4), "nearest": (9, 9), "shuffle": (36, 9)}  # of a pair of maps: weights, MACs a pixel
+
+
+def layers(network: Network, resolution: int, image_channels: int = 3) -> list[tuple[int, int, int, int]]:
+    """Inputs, outputs, weights of such a pair and MACs of it, of a generator's layers that is not progressive."""
+    if network.kind == "mlp":
+        widths = [network.input_size, *[network.mlp.width] * network.mlp.depth, image_channels * resolution**2]
+        return [(*pair, 1, 1) for pair in itertools.pairwise(widths)]
+    weights, macs = KERNELS[network.layers.upsampling]
+    widths = [channels(network, size) for size in resolutions(resolution // 2)] + [image_channels]
+    larger = [(older, own, weights, macs * 64 * 4**n) for n, (older, own) in enumerate(itertools.pairwise(widths))]
+    return [(network.input_size, widths[0], 16, 16), *larger]
+
+
 @lru_cache
 def macs_per_image(network: Network, resolution: int, image_channels: int = 3) -> int:
     """Multiply-accumulates of one generator forward as the paper writes it; the discriminator's is about equal."""
+    if network.kind != "progressive":
+        return sum(older * own * macs for older, own, _, macs in layers(network, resolution, image_channels))
     width = channels(network, 4)
-    total = network.latent_size * width * 16 + width * width * 9 * 16
+    total = network.input_size * width * 16 + width * width * 9 * 16
     for size in list(resolutions(resolution))[1:]:
         older, width = width, channels(network, size)
         total += (older + width) * width * 9 * size * size
@@ -147,8 +164,13 @@ def macs_per_image(network: Network, resolution: int, image_channels: int = 3) -
 
 def parameters(network: Network, resolution: int, image_channels: int = 3) -> int:
     """Parameters of the generator alone with its last to-RGB, about the discriminator's too."""
+    if network.kind != "progressive":
+        made = layers(network, resolution, image_channels)
+        batch_norm = network.convolutional and network.layers.generator_norm == "batch"
+        scales = sum(own for _, own, *_ in made[:-1]) if batch_norm else 0
+        return sum(older * own * weights + own for older, own, weights, _ in made) + scales
     width = channels(network, 4)
-    total = network.latent_size * width * 16 + width + width * width * 9 + width
+    total = network.input_size * width * 16 + width + width * width * 9 + width
     for size in list(resolutions(resolution))[1:]:
         older, width = width, channels(network, size)
         total += (older + width) * width * 9 + 2 * width

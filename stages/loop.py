@@ -227,6 +227,9 @@ def initial_state(run: Run, stage: int, start: str | None, device: torch.device,
         else:
             checkpoint.grow(state, files)
             state.masked.copy_(torch.tensor(info["masked"]))
+            before = checkpoint.load_tensors(files, "optimizers")
+            if state.augmentation is not None and "augmentation" in before:  # D overfits on as it did
+                state.augmentation.copy_(before["augmentation"])
     return state
 
 

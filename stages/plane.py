@@ -1,7 +1,8 @@
-"""How a game on points stands at a checkpoint: figures against the reals' known density, a picture, a film of them all.
+"""How a game on points stands at a checkpoint: figures against the reals' known density, a picture, a film of all.
 
-Figures are of the averaged generator, as everywhere; the trained discriminator is compared with the best one against
-the generator that it plays with. Places are float64 [N, 2], maps [CELLS, CELLS] in the order x, y. See docs/points.md.
+Figures are of the averaged generator, as everywhere, and so is the best discriminator, which the trained one is held
+against: the generator that D plays with trembles around the averaged one, and D remembers where it was of late. Places
+are float64 [N, 2], maps [CELLS, CELLS] in the order x, y. See docs/points.md.
 """
 
 from __future__ import annotations
@@ -120,10 +121,13 @@ class Plane:
 
     @cached_property
     def fakes_density(self) -> Tensor:
-        """Of the generator that D plays with, from many fakes."""
-        fakes = self.made(self.player("generator"), "density", self.density_fakes)
-        deviations = self.mixture.covariance.diagonal().sqrt() * BANDWIDTH
-        return smoothed_density(fakes, self.edges, (float(deviations[0]), float(deviations[1])))
+        """Of the averaged generator."""
+        return self.density_of("average")
+
+    def density_of(self, role: str) -> Tensor:
+        """Of a generator, from many fakes."""
+        x, y = (self.mixture.covariance.diagonal().sqrt() * BANDWIDTH).tolist()
+        return smoothed_density(self.made(self.player(role), "density", self.density_fakes), self.edges, (x, y))
 
     @cached_property
     def best(self) -> Tensor:
@@ -212,16 +216,22 @@ def errors(mixture: Mixture, xy: Tensor) -> dict[str, float]:
 
 
 def of_best(it: Plane) -> Figures:
-    """The largest |D - D*| where reals lie; `floor`: the largest |1/2 - D*|, of a D that cannot tell."""
+    """The largest |D - D*| where reals lie; `floor`: the same of a D that says 1/2 everywhere. In `parts` the mean over
+    the reals, and the largest one against the generator as it is, not averaged.
+    """
     said = probability(it.run.training, it.told)
     if said is None:
         raise Unavailable(f"scores of training.loss={it.run.training.loss} are no probability")
     if it.run.network.mlp.minibatch != "none":
         raise Unavailable("with network.mlp.minibatch D judges no point alone")
     compared = it.density > COMPARED * it.density.max()
-    return {"optimal_discriminator": {"value": float((said - it.best).abs()[compared].max()),
-                                      "untrained": float((it.best - 0.5).abs()[compared].max()),
-                                      "count": int(compared.sum())}}
+    apart, playing = ((said - best).abs()[compared] for best in (
+        it.best, optimal(it.density, it.density_of("generator"), it.run.training)))
+    weights = it.density[compared] / it.density[compared].sum()
+    return {"optimal_discriminator": {
+        "value": float(apart.max()), "floor": float((it.best - 0.5).abs()[compared].max()),
+        "parts": {"mean": float((apart * weights).sum()), "against_the_playing_generator": float(playing.max())},
+        "count": it.density_fakes}}
 
 
 def of_judge(it: Plane) -> Figures:

@@ -292,6 +292,8 @@ def train_step(state: TrainState, shares: list[Share], moment: Moment, rules: Ru
     penalised = step % training.penalty_every == 0
     seen: dict[str, Tensor] = {}
     finite_d = finite_g = torch.ones_like(state.masked[0])
+    statistics = [each for network in (state.generator, state.discriminator) for each in running_statistics(network)]
+    before = [each.clone() for each in statistics]
     if rules.network.layers.dropout:
         torch.manual_seed(random_seed(training.seed, "dropout", moment.images_seen))
 
@@ -341,6 +343,8 @@ def train_step(state: TrainState, shares: list[Share], moment: Moment, rules: Ru
             accumulate([state.generator], lambda share, turn=turn: objectives.generator(  # type: ignore[misc]
                 state, share, alpha, rules, turn))
             finite_g = finite_g * update("generator")
+    for now, then in zip(statistics, before, strict=True):  # they take a batch in before its gradients are known
+        now.copy_(torch.where(finite_d * finite_g > 0, now, then))
     update_average(state.average, state.generator, (1 - rules.average_decay) * finite_g)
     state.masked += 1 - torch.stack([finite_d, finite_g])
     state.images_seen += batch
@@ -396,11 +400,16 @@ def largest_entry(tensors: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, weight: Tensor) -> None:
-    """average += weight * (network - average); weight 0 changes nothing. So for what batch norms have seen."""
+    """average += weight * (network - average); weight 0 changes nothing.
+
+    What batch norms have seen is taken over: it is an average already, and one from 0 and 1, where it begins, is far
+    off for a half-life of images: 16,000 images into a DCGAN it made all samples alike.
+    """
     with labelled("average"):
-        means, now = ([*net.parameters(), *running_statistics(net)] for net in (average, network))
-        for mean, tensor in zip(means, now, strict=True):
-            mean.lerp_(tensor, weight)
+        for mean, parameter in zip(average.parameters(), network.parameters(), strict=True):
+            mean.lerp_(parameter, weight)
+        for own, seen in zip(running_statistics(average), running_statistics(network), strict=True):
+            own.copy_(seen)
 
 
 def non_finite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:

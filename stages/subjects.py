@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradine.configs.schema import AUTOENCODERS, Run
+from gradine.configs.schema import Run
 from gradine.stages import checkpoint, commits
 from gradine.stages.data import Images, data_digest, labels_of
 from gradine.stages.families import AnyDiscriminator, AnyGenerator, new_discriminator, new_generator
@@ -137,18 +137,7 @@ class Subjects:
 
     @cached_property
     def discriminator(self) -> AnyDiscriminator:
-        """Unavailable for an autoencoder."""
-        if self.run.network.kind in AUTOENCODERS:
-            raise Unavailable("an autoencoder has no discriminator")
-        return self._second()
-
-    @cached_property
-    def encoder(self) -> AnyDiscriminator:
-        """Of an autoencoder."""
-        return self._second()
-
-    def _second(self) -> AnyDiscriminator:
-        """The network beside the generator."""
+        """Of an autoencoder its encoder."""
         fades = self.resolution > self.run.stages[0].resolution
         network = new_discriminator(self.run.network, self.resolution, fades, self.run.data.channels)
         checkpoint.load_network(network, "discriminator", self.files)

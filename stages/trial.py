@@ -6,6 +6,7 @@ For `gradine preflight`. State, rules and reduction are those of `loop.run_stage
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import socket
 import statistics
@@ -115,20 +116,24 @@ def undisturbed_step(state: TrainState, shares: list[Share], moment: growth.Mome
 
 
 def moments(run: Run, stage: int) -> list[tuple[growth.Moment, float]]:
-    """A moment of each kind of step of the stage, and the images such steps show: of a fade its middle, when both
-    branches are computed; with a lazy penalty one that has it, one that has not."""
-    schedule, every, kinds = growth.schedule(run), run.training.penalty_every, []
+    """A moment of each kind of step of the stage, the heaviest first, and the images such steps show: of a fade its
+    middle, when both branches are computed; with turns of G and with a penalty, where not every step has them."""
+    schedule, training = growth.schedule(run), run.training
+    cycle = math.lcm(training.penalty_every, training.d_steps)
+    steps: dict[tuple[bool, bool], list[int]] = {}  # of a cycle, by whether they have a turn of G, and a penalty
+    for step in range(cycle):
+        turn, penalised = step % training.d_steps == training.d_steps - 1, step % training.penalty_every == 0
+        steps.setdefault((turn, penalised), []).append(step)
+    kinds = []
     for phase in (phase for phase in schedule.phases if phase.stage == stage):
         first = replace(growth.at(schedule, phase.start), alpha=0.5 if phase.kind == "fade" else 1.0)
-        images = (phase.end - phase.start) / every
-        kinds.append((first, images))
-        if every > 1:
-            kinds.append((replace(first, images_seen=phase.start + phase.batch_size), images * (every - 1)))
+        kinds += [(replace(first, images_seen=phase.start + alike[0] * phase.batch_size),
+                   (phase.end - phase.start) * len(alike) / cycle) for _, alike in sorted(steps.items(), reverse=True)]
     return kinds
 
 
 def first_moment(run: Run, stage: int) -> growth.Moment:
-    """The middle of the stage's fade; alpha 1 where nothing fades."""
+    """The middle of the stage's fade, at a turn of G; alpha 1 where nothing fades."""
     return moments(run, stage)[0][0]
 
 

@@ -243,8 +243,8 @@ def told(tick: dict[str, Any], kind: str, found: Finding) -> Alarm:
 
 FOR_GOOD = 16  # ticks in a row
 WON, LOST = 0.03, 1.25  # D's share: 0 at the bound of its loss, 1 where it is blind
-BLIND = 0.9, 1.1  # D's share at the equilibrium: it cannot tell, and nothing pulls at G any more
-EARLY, VANISHED = 32, 1e-3  # ticks at the start; G's gradient as a share of what it was in them
+BLIND = 0.9  # D's share from which on it cannot tell, and nothing pulls at G any more: at 1, the equilibrium
+EARLY, VANISHED = 8, 1e-3  # ticks at the start; G's gradient as a share of what it was in them
 WINDOW, WINDOWS, GROWTH, CROSSINGS, LEAST_SWING = 16, 4, 1.5, 3, 0.25
 SETTLING = 2  # windows at the start, in which losses find their range
 WORSE = 3.0  # times the reconstruction at its best
@@ -263,6 +263,8 @@ class Bounds:
     def of(training: Training) -> Bounds | None:
         """By the targets' means and variances, flips included; None for a Wasserstein loss, which has no bound."""
         (real, real_variance), (fake, fake_variance) = target_moments(training)
+        if real <= fake:
+            return None  # there is nothing to tell
         match training.loss:
             case "minimax" | "non_saturating":  # cross-entropy is linear in the target
                 return Bounds(entropy(real) + entropy(fake), 2 * entropy((real + fake) / 2))
@@ -300,8 +302,8 @@ class Balance:
 
         discriminator wins   D's loss within 3% of its bound, or `generator wins`: 25% above that of a D which guesses,
                              in 16 ticks in a row. At the value for a D which guesses is the equilibrium: no alarm.
-        vanishing gradient   the median of 16 ticks of G's largest gradient entry below 1/1000 of that of its first 32
-                             ticks, while D is not at the equilibrium, where nothing is left to learn
+        vanishing gradient   the median of 16 ticks of G's largest gradient entry below 1/1000 of that of its first 8
+                             ticks, while D does more than guess; else nothing is left to learn
         oscillation          in 4 windows of 16 ticks one after the other, loss_g crosses its median 3 times or more,
                              and the range of its middle half grows by half from each window to the next, to a quarter
                              of what lies between a sure and a blind D, and twice what it ever was before
@@ -376,12 +378,12 @@ class Balance:
         if len(self.gradients) < FOR_GOOD:
             return {}
         now, bound = median(self.gradients), VANISHED * median(self.early)
-        at_equilibrium = bool(self.shares) and BLIND[0] <= median(self.shares) <= BLIND[1]
-        if now > bound or at_equilibrium:
+        nothing_to_learn = bool(self.shares) and median(self.shares) >= BLIND
+        if now > bound or nothing_to_learn:
             return {}
         return {"vanishing gradient": Finding(
             "gradient_g", now, bound, f"the median of {FOR_GOOD} ticks at least {VANISHED:g} of that of the stage's "
-            f"first {EARLY} since it was started, unless the discriminator just guesses",
+            f"first {EARLY} since it was started, unless the discriminator just guesses, or worse",
             f"the largest entry of the generator's gradient is {now:.3g}, at first it was {median(self.early):.3g}",
             VANISHING)}
 

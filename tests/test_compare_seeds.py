@@ -94,6 +94,13 @@ def test_what_changes_the_training_makes_another_recipe(fact: dict[str, Any], tm
     assert "1 [0.5 to 1.5] *" in compare_runs([one, two])  # single runs of two recipes: any seeds, as ever
 
 
+def test_a_format_that_was_asked_for_is_part_of_the_recipe(tmp_path: Path) -> None:
+    fixed = {"training.precision": "float32"}
+    one = run_of(tmp_path, "one", {"swd": 1.0}, 0, fixed)
+    two = run_of(tmp_path, "two", {"swd": 3.0}, 1, {**fixed, "stages.0.precision": "bfloat16"})
+    assert "1 [0.5 to 1.5] *" in compare_runs([one, two])
+
+
 def refusal(runs: list[Path], **how: Any) -> str:
     with pytest.raises(UserError) as refused:
         compare_runs(runs, **how)
@@ -132,9 +139,9 @@ def test_a_recipe_is_called_by_what_its_runs_names_share(names: tuple[str, str],
 # ---- The picture
 
 
-def grid_of(run: Path, pixels: np.ndarray) -> None:
+def grid_of(run: Path, pixels: np.ndarray, name: str = "r0008-000000300.png") -> None:
     (run / "samples").mkdir()
-    Image.fromarray(pixels).save(run / "samples" / "r0008-000000300.png")
+    Image.fromarray(pixels).save(run / "samples" / name)
 
 
 def test_the_picture_shows_the_first_rows_of_each_recipes_first_seed(tmp_path: Path) -> None:
@@ -163,11 +170,11 @@ def test_the_picture_is_less_than_200_kb_even_of_noise_and_twenty_metrics(names:
                                                                          tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = {f"fd_{n}": float(n) for n in range(20)}
-    runs = [run_of(tmp_path, name, values, changes={"training.seed": n}) for n, name in enumerate(names)]
-    for n, run in enumerate(runs):
-        (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("fmap_base: 8192",
-                                                                                   f"fmap_base: {8192 + n}"))
-        grid_of(run, rng.integers(0, 256, (256, 512, 3), np.uint8))
+    changes = {"stages.0.resolution": 64}
+    runs = [run_of(tmp_path, name, values, changes={**changes, "network.fmap_base": 1024 + n}, resolution=64)
+            for n, name in enumerate(names)]
+    for run in runs:
+        grid_of(run, rng.integers(0, 256, (512, 512, 3), np.uint8), "r0064-000000300.png")
     compare_runs(runs, picture=tmp_path / "all.png")
     content = (tmp_path / "all.png").read_bytes()
     assert content.startswith(b"\x89PNG")

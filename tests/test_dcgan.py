@@ -476,6 +476,17 @@ def test_what_the_minibatch_tells_stands_behind_the_features(make, kind):
     np.testing.assert_allclose(stddev[:, without.shape[1]:].detach().numpy(), deviations)
 
 
+@pytest.mark.parametrize("make", [dcgan, mlp])
+def test_what_discrimination_tells_weighs_as_much_in_maps_as_among_single_features(make):
+    net, images = discriminator(make(minibatch="discrimination")), 0.01 * noise(4, 3, 16, 16)
+    features = net.judged(images, None).features
+    before = features.shape[1] * (8 if make is dcgan else 7) // ((8 if make is dcgan else 7) + KERNELS)
+    own = Discrimination(before).double()
+    own.load_state_dict({"weight": net.state_dict()["verdict.discrimination.weight"]})
+    told = features[:, before:].unflatten(1, (KERNELS, -1)).sum(dim=2)
+    torch.testing.assert_close(told, own(features[:, :before]))
+
+
 # ---- Dropout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -15,9 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gradine.configs.schema import Run
-from gradine.stages import evaluate, generate, loop, subjects
+from gradine.stages import checkpoint, commits, evaluate, generate, loop, subjects
 from gradine.stages.data import Images
 from gradine.stages.evaluate import Evaluated
+from gradine.stages.families import new_generator, running_statistics
 from gradine.stages.networks import Judgement
 
 SIZE, NOISE = 8, 8
@@ -177,6 +179,19 @@ def test_every_metric_of_a_conditional_run_comes_with_a_value_or_a_reason(condit
     assert {"class_fd_pixels16", "class_accuracy", "discriminator"} <= {row["metric"] for row in found.rows}
 
 
+def test_the_averaged_generator_normalises_by_what_the_generator_has_seen_of_late(conditional: tuple[Run, str]
+                                                                                  ) -> None:
+    """Not by an average from 0 and 1 on, as of weights: after two steps that would still be all of it."""
+    run, path = conditional
+    files = commits.read(path)
+    generator = new_generator(run.network, SIZE, False)
+    checkpoint.load_network(generator, "generator", files)
+    average = generate.load_average(run, files)
+    for own, seen in zip(running_statistics(average), running_statistics(generator), strict=True):
+        assert torch.equal(own, seen)
+    assert not torch.equal(next(average.parameters()), next(generator.parameters()))
+
+
 # Autoencoders ------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +217,8 @@ def test_the_reconstruction_error_is_the_mean_square_of_what_is_lost(conditional
 
     class KeepsMean(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
-            return torch.cat([images.mean((1, 2, 3))[:, None].expand(-1, NOISE), torch.full((len(images), NOISE), 9.0)], 1)
+            mean = images.mean((1, 2, 3))[:, None].expand(-1, NOISE)
+            return torch.cat([mean, torch.full_like(mean, 9.0)], dim=1)
 
     class Flat(OfItsClass):
         def forward(self, latents: Tensor, alpha: float = 1.0) -> Tensor:
@@ -210,11 +226,10 @@ def test_the_reconstruction_error_is_the_mean_square_of_what_is_lost(conditional
             return latents[:, :1, None, None].expand(-1, 3, SIZE, SIZE)
 
     monkeypatch.setattr(subjects, "load_average", lambda run, files: Flat([0.0, 0.0]))
-    monkeypatch.setattr(subjects.Subjects, "encoder", KeepsMean())
-    device = torch.device("cpu")
-    from contextlib import ExitStack
+    monkeypatch.setattr(subjects.Subjects, "discriminator", KeepsMean())
+    own = replace(run, data=replace(run.data, cache_dir=str(tmp_path)))
     with ExitStack() as opened:
-        it = subjects.Subjects(replace(run, data=replace(run.data, cache_dir=str(tmp_path))), path, device, 1, opened)
+        it = subjects.Subjects(own, path, torch.device("cpu"), 1, opened)
         row = evaluate.reconstruction(it)["reconstruction"]
     second = in_order(run)[0][24:].double() / 127.5 - 1
     assert row["value"] == pytest.approx(float(second.flatten(1).var(1, unbiased=False).mean()), rel=1e-5)

@@ -200,8 +200,9 @@ def test_moving_along_a_found_direction_raises_the_score_of_nine_in_ten_samples_
 
 def test_what_moves_keeps_its_length_and_its_condition_and_uniform_latents_stay_in_the_cube() -> None:
     network = Network(latent_size=2, conditioning="projection", classes=2)
-    moved = explore.moved(torch.tensor([[3.0, 4, 0, 1]]), torch.tensor([1.0, 0]), 5.0, network)
-    torch.testing.assert_close(moved, torch.tensor([[10 / math.sqrt(5), 5 / math.sqrt(5), 0, 1]]))  # (8, 4), length 5
+    moved = explore.moved(torch.tensor([[3.0, 4, 0, 1], [0, -5, 1, 0]]), torch.tensor([1.0, 0]), 5.0, network)
+    here = [[2, 1, 0, 1], [math.sqrt(2.5), -math.sqrt(2.5), 1, 0]]  # (8, 4) and (5, -5), of length 5 again
+    torch.testing.assert_close(moved, torch.tensor(here) * torch.tensor([math.sqrt(5), math.sqrt(5), 1, 1]))
     cube = Network(latent_size=2, latents="uniform")
     assert explore.moved(torch.tensor([[0.5, -0.5]]), torch.tensor([1.0, 0]), 2.0, cube).tolist() == [[1, -0.5]]
 
@@ -421,14 +422,14 @@ def test_a_direction_is_found_shown_and_told_with_what_it_does_to_other_classes(
     others, generator = draw_latents(trained[0], "direction", 100, 0), Opened.at(trained[1], "", None, "").generator
     for direction, share, own in zip(directions, figures["monotone"], (0, 2), strict=True):
         odds = []
-        for amount in np.linspace(-1, 1, 9):
+        for amount in np.linspace(-1, 1, 7):
             there = others + float(amount) * direction
             there = there / there.norm(dim=1, keepdim=True) * others.norm(dim=1, keepdim=True)
             p = torch.softmax(8 * (generator(there).mean(dim=(2, 3)) - torch.tensor(mean)), dim=1)[:, own]
             odds.append(torch.log(p / (1 - p)).numpy())
         assert share == pytest.approx((np.diff(odds, axis=0) > 0).all(axis=0).mean(), abs=0.02)
     strips = [cells(tmp_path / f"direction-{k}.png").astype(int) for k in (0, 2)]
-    assert strips[0].shape[:2] == (8, 9)
+    assert strips[0].shape[:2] == (8, 7)
     redness = strips[0][:, :, :, :, 0].mean((2, 3)) - strips[0][:, :, :, :, 1:].mean((2, 3, 4))
     assert (redness[:, -1] > redness[:, 0]).mean() >= 0.75
 
@@ -504,7 +505,7 @@ def test_a_game_of_points_is_a_frame_for_each_checkpoint_and_has_no_other_pictur
     explored(folder, "game")
     written = sorted(path.name for path in (folder / "explore" / "game").iterdir())
     assert written == ["game.mp4", "r0001-000000032.png", "r0001-000000064.png"]
-    with pytest.raises(UserError, match=r"makes points, which have no pictures to invert\. Use gradine explore .* game"):
+    with pytest.raises(UserError, match="makes points, which have no pictures to invert. Use .* game"):
         explored(folder, "invert", "a.png")
 
 

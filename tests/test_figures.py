@@ -75,6 +75,7 @@ def test_an_evaluation_that_failed_as_a_whole_is_forgotten_once_one_worked() -> 
     ("swd", "swd", "", "SWD", "lower"),
     ("fd_lite0_224", "fd", "lite0_224", "Fréchet distance, lite0 at 224 px", "lower"),
     ("fd_pixels16", "fd", "pixels16", "Fréchet distance, pixels at 16 px", "lower"),
+    ("class_fd_lite0_224", "class_fd", "lite0_224", "Fréchet distance, class by class, lite0 at 224 px", "lower"),
     ("fd_my_own", "fd", "my_own", "Fréchet distance, my_own", "lower"),
     ("fid", "fd", "inception", "FID", "lower"),
     ("fid_clean", "fd", "inception_clean", "FID, antialiased", "lower"),
@@ -131,6 +132,13 @@ def test_twenty_rows_are_one_line_of_the_strongest_features() -> None:
         "coverage 0.25, ms_ssim 0.27 (reals 0.31), spread 0.25, copy_rate 0.25")
 
 
+def test_the_line_of_other_runs_says_what_they_are_measured_by() -> None:
+    conditional = [row("class_fd_pixels16", 9.0, floor=1.0), row("class_accuracy", 0.5, reals=0.75)]
+    assert figures.figures_line(OF, [*conditional, row("reconstruction", 0.25)]) == (
+        "   32px measured: class_fd_pixels16 9 (floor 1, 5,000 images), reconstruction 0.25 (5,000 images), "
+        "class_accuracy 0.5 (reals 0.75)")
+
+
 def test_nulls_are_told_with_at_most_two_reasons() -> None:
     rows = [row("swd", 1.0, count=None), row("ms_ssim", None, reason="defined from 64 px up"),
             *(row(f"{kind}_lite0_224", None, reason="no weights.\nRun " + 60 * "pip ") for kind in ("fd", "kid", "is")),
@@ -151,6 +159,7 @@ def test_an_evaluation_that_failed_is_a_line_too() -> None:
 
 def test_parts_are_read_as_text_whatever_their_depth() -> None:
     assert figures.parts_text(row("swd", 1.0, parts={"16": 6.5, "32": 8.0})) == "16 px: 6.5, 32 px: 8"
+    assert figures.parts_text(row("class_fd_lite0_224", 1.0, parts={"0": 6.5, "boot": None})) == "0: 6.5"
     table = {"held_out": {"taken_for_real": 0.25, "mean": None}, "searched": 900}
     assert figures.parts_text(row("discriminator", 1.0, parts=table)) == (
         "held out taken for real: 0.25, searched: 900")

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from gradine.configs.schema import Run, from_dict
 from gradine.stages.augment import AUGMENTATION_DRAWS, augmented
+from gradine.stages.families import new_discriminator, new_generator
 from gradine.stages.growth import Moment, Phase
 from gradine.stages.latents import draw
 from gradine.stages.networks import Differentiable, Judgement
-from gradine.stages.step import Rules, Share, TrainState, begin_phase, train_step
+from gradine.stages.step import Rules, Share, TrainState, begin_phase, critic_objective, generator_objective, train_step
 
 BATCH, RATE = 8, 0.05
 
@@ -303,3 +304,30 @@ def test_d_sees_reals_and_fakes_augmented_in_both_updates_each_by_their_own_draw
     if augment == "adaptive":
         assert state.augmentation.item() == pytest.approx(after, abs=1e-7)
         assert seen["augmentation"].item() == pytest.approx(after, abs=1e-7)
+
+
+def test_d_learns_the_class_from_reals_and_g_is_asked_for_it_in_its_fakes() -> None:
+    """By how much the weight of the classification raises either loss."""
+    paid = {}
+    for weight in (0.0, 2.0):
+        run = from_dict({"name": "x", "data": {"source": "a", "shards": "b"}, "stages": [{"resolution": 8}],
+                         "network": {"kind": "mlp", "latent_size": 3, "conditioning": "auxiliary", "classes": 4},
+                         "training": {"loss": "hinge", "penalty": "none", "drift": 0.0, "classification": weight}})
+        torch.manual_seed(2)
+        generator, judge = new_generator(run.network, 8, False), new_discriminator(run.network, 8, False)
+        source = torch.Generator().manual_seed(1)
+        labels = torch.eye(4)[[0, 3, 1, 1, 2, 0, 3, 2]]
+        latents = [torch.cat([torch.randn(BATCH, 3, generator=source), labels], dim=1) for _ in range(2)]
+        share = Share(torch.randint(0, 256, (BATCH, 3, 8, 8), dtype=torch.uint8, generator=source),
+                      torch.zeros(BATCH, dtype=torch.bool), *latents, torch.zeros(BATCH), labels)
+        unset = torch.optim.SGD(generator.parameters())
+        state = TrainState(generator, judge, generator, unset, unset, torch.zeros(2))
+        rules = Rules.of(run, BATCH, 1)
+        paid[weight] = [critic_objective(state, share, 1.0, rules, False)[0],
+                        generator_objective(state, share, 1.0, rules)[0]]
+    of_reals, of_fakes = (judge.linearised(images, labels=labels)[0].heads
+                          for images in (share.reals.float() / 127.5 - 1, generator(share.generator_latents)))
+    for with_it, without, logits in zip(paid[2.0], paid[0.0], (of_reals, of_fakes), strict=True):
+        odds = logits.exp()
+        expected = -2 * ((odds * labels).sum(1) / odds.sum(1)).log().sum()
+        torch.testing.assert_close(with_it - without, expected)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gradine.configs.schema import Network, Run, Stage, UserError, check_shares, from_dict, load
+from gradine.configs.schema import Layers, Network, Perceptron, Run, Stage, UserError, check_shares, from_dict, load
 from gradine.stages import growth
+from gradine.stages.families import new_generator
 from gradine.stages.networks import Generator
 
 RESOLUTIONS = [4, 8, 16, 32, 64, 128, 256, 512, 1024]
@@ -286,6 +287,23 @@ def test_gray_images_leave_out_two_thirds_of_the_last_layer() -> None:
     """At 4 px: dense 512 * 8192 + 512, conv 9 * 512 * 512 + 512, to-RGB 512 + 1."""
     assert growth.parameters(Network(), 4, 1) == 4_194_816 + 2_359_808 + 513
     assert growth.macs_per_image(Network(), 4, 1) == 4_194_304 + 16 * (2_359_296 + 512)
+
+
+@pytest.mark.parametrize(("network", "resolution", "image_channels"), [
+    (Network(kind="dcgan", latent_size=5, fmap_base=64, fmap_max=12), 32, 1),
+    (Network(kind="vae", latent_size=5, fmap_base=64, fmap_max=12, layers=Layers(upsampling="nearest")), 8, 3),
+    (Network(kind="dcgan", latent_size=5, classes=3, conditioning="concatenated", fmap_base=64, fmap_max=12,
+             layers=Layers(generator_norm="none")), 16, 3),
+    (Network(kind="mlp", latent_size=5, codes=4, mlp=Perceptron(width=7, depth=3)), 1, 2),
+], ids=lambda value: getattr(value, "kind", None))
+def test_other_networks_have_the_work_and_the_parameters_of_the_very_generator(network: Network, resolution: int,
+                                                                              image_channels: int) -> None:
+    generator = new_generator(network, resolution, fades=False, image_channels=image_channels)
+    with FlopCounterMode(display=False) as counter:
+        generator(torch.zeros(2, network.input_size))
+    assert counter.get_total_flops() == 2 * 2 * growth.macs_per_image(network, resolution, image_channels)
+    assert growth.parameters(network, resolution, image_channels) == sum(p.numel() for p in generator.parameters())
+
 
 
 def test_moments_and_schedules_are_plain_values() -> None:

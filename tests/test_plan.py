@@ -282,6 +282,11 @@ def test_the_most_workers_of_a_stage_is_its_number_of_stddev_groups() -> None:
     assert [row["most_workers"] for row in row_of(make_plan(run, []), {}, run)] == [1, 1, 16]
 
 
+def test_a_stage_whose_batch_stays_in_one_piece_has_one_worker_at_most() -> None:
+    run = run_of({"stages.*.batch_size": 64, "training.feature_matching": True})
+    assert {row["most_workers"] for row in row_of(make_plan(run, []), {}, run)} == {1}
+
+
 def test_memory_grows_with_what_must_be_held() -> None:
     run = run_of({"stages.*.batch_size": 16})
     stage = run.stages[2]

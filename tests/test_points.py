@@ -287,3 +287,38 @@ def test_a_film_of_a_game_has_a_frame_of_each_checkpoint_the_oldest_first(short:
 def test_a_film_of_a_run_of_images_is_refused() -> None:
     with pytest.raises(UserError, match="is of images: its densities are not known"):
         plane.game(load("smoke"), [], Path("unused"))
+
+
+@pytest.mark.slow
+def test_against_a_generator_that_stands_still_the_discriminator_becomes_the_best_one(tmp_path: Path) -> None:
+    run = load("gaussian2d", ["stages.0.hold_images=800_000", "stages.0.learning_rate=1e-9", "stages.0.threads=1",
+                              "training.discriminator_rate=2_000_000", "training.penalty=none"])
+    row = next(row for row in evaluate(run, played(run, tmp_path)).rows if row["metric"] == "optimal_discriminator")
+    assert row["floor"] > 0.4  # it is far from 1/2
+    assert row["value"] < 0.15
+    assert row["parts"]["mean"] < 0.03
+
+
+@pytest.mark.slow
+def test_a_normal_distribution_is_learnt_within_5_percent_and_the_discriminator_is_the_best_one_within_a_tenth(
+        tmp_path: Path) -> None:
+    run = load("gaussian2d", ["stages.0.threads=1"])
+    found = values(evaluate(run, played(run, tmp_path)))
+    assert found["mean_error"] < 0.05
+    assert found["covariance_error"] < 0.05
+    assert found["optimal_discriminator"] < 0.1
+
+
+@pytest.mark.slow
+def test_all_8_modes_of_the_ring_are_found_by_the_game_that_is_held_together(tmp_path: Path) -> None:
+    run = load("ring8", ["stages.0.threads=1"])
+    found = values(evaluate(run, played(run, tmp_path)))
+    assert found["modes"] == 8
+    assert found["high_quality"] > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_modes_of_the_ring_are_lost_by_the_game_that_is_not(seed: int, tmp_path: Path) -> None:
+    run = load("lectures/collapse", ["stages.0.threads=1", f"training.seed={seed}"])
+    assert values(evaluate(run, played(run, tmp_path)))["modes"] < 8

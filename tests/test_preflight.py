@@ -306,6 +306,22 @@ def test_a_stages_step_is_the_mean_over_the_images_of_its_fade_and_its_hold(tmp_
     assert trial(run, 0)["seconds"] == 1
 
 
+def test_a_step_is_the_mean_of_those_with_a_turn_of_g_or_a_penalty_and_those_without(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every 6 steps, 0 and 2 and 4 have a penalty, 2 and 5 a turn of G: here 2 s each beside the 1 s of D."""
+    run = configured({"training.d_steps": 3, "training.penalty_every": 2}, tmp_path)
+    seen = [(int(moment.images_seen - moment.phase.start) // moment.phase.batch_size, images)
+            for moment, images in moments(run, 0)]
+    assert [step % 6 for step, _ in seen] == [2, 5, 0, 1]  # the heaviest first
+    whole = sum(images for _, images in seen)
+    assert [images / whole for _, images in seen] == pytest.approx([1 / 6, 1 / 6, 2 / 6, 2 / 6])
+    taking = {2: 5.0, 5: 3.0, 0: 3.0, 1: 1.0}
+    monkeypatch.setattr(trials, "timed_step", lambda state, shares, moment, *_: taking[
+        (moment.images_seen - moment.phase.start) // moment.phase.batch_size])
+    assert trial(run, 0)["seconds"] == pytest.approx((5 + 3 + 2 * 3 + 2 * 1) / 6)
+    assert trial(run, 0)["checkpoint_bytes"] == trial(configured({}, tmp_path), 0)["checkpoint_bytes"]
+
+
 def test_a_save_beside_the_steps_takes_its_largest_file_twice_more(tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """That file holds the moments: two floats a weight and a count a tensor, of both networks."""

@@ -120,6 +120,15 @@ def test_workers_divide_the_groups_and_their_shares_hold_whole_micro_batches(
     run_of({**changes, **wanted})  # the settings agree that it is possible
 
 
+def test_a_stage_whose_batch_stays_in_one_piece_stays_on_one_worker() -> None:
+    run = run_of({"network.kind": "dcgan", "training.loss": "hinge", "training.penalty": "none", "training.drift": 0},
+                 (32,))
+    assert (one(run, Nodes(2, 4), 0).workers, one(run, Nodes(2, 4), 0).because) == (1, "one batch")
+    free = run_of({"network.kind": "mlp", "data.channels": 2, "data.points.kind": "ring", "training.mirror": False},
+                  (1,))
+    assert one(free, Nodes(2, 4), 0, measured=Measured({1: 10.0})).workers == 6
+
+
 def test_a_stage_with_little_to_compute_stays_on_the_workers_it_is_fastest_with() -> None:
     found = one(run_of(), Nodes(8, 1), measured=takes(1e-9))
     assert (found.workers, found.because, found.sent, found.leaving) == (1, "more is slower", 0, 0)

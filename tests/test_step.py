@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gradine.configs.schema import Network, Run, Training, from_dict
 from gradine.stages.growth import Moment, Phase, share_rows
+from gradine.stages.loop import initial_state
 from gradine.stages.networks import Discriminator, Generator, initialise
 from gradine.stages.step import (
     Rules,
@@ -699,3 +700,25 @@ def test_upscaled_pixels_in_the_slow_step_are_torchs_own() -> None:
     flat = plain_reals(batch.reals.numpy(), np.zeros(2, bool), 0.0)
     images = batch.reals.double() / 127.5 - 1
     np.testing.assert_allclose(flat, F.interpolate(F.avg_pool2d(images, 2), scale_factor=2).numpy(), atol=1e-12)
+
+
+# ---- Batch norm
+
+
+def test_a_masked_update_leaves_what_batch_norms_have_seen() -> None:
+    run = from_dict({"name": "x", "data": {"source": "a", "shards": "b"}, "stages": [{"resolution": 8}],
+                     "training": {"loss": "non_saturating", "penalty": "none", "drift": 0},
+                     "network": {"kind": "dcgan", "latent_size": 6, "fmap_base": 32, "fmap_max": 4}})
+    state = initial_state(run, 0, None, torch.device("cpu"), None)
+    at, rules = Moment(Phase(0, 8, "hold", 0, 800, 8), 0, 1.0, RATE), Rules.of(run, 8, 1)
+    train_step(state, [batch_of(8)], at, rules)
+    roles = "generator", "discriminator", "average"
+    seen = {role: copy.deepcopy(getattr(state, role).state_dict()) for role in roles}
+    broken = dataclasses.replace(batch_of(8), critic_latents=torch.full((8, 6), math.nan))
+    train_step(state, [broken], at, rules)
+    assert state.masked.tolist() == [1, 0]
+    for role, tensors in seen.items():
+        for name, tensor in getattr(state, role).state_dict().items():
+            assert torch.isfinite(tensor).all(), (role, name)
+            if "running" in name and role != "average":  # which goes on towards the generator
+                assert torch.equal(tensor, tensors[name]), (role, name)
