@@ -392,10 +392,8 @@ def class_frechet(it: Subjects, setting: str) -> Figures:
 def path_length(it: Subjects, setting: str) -> Figures:
     """Mean squared step in features between images whose latents are PATH_STEP apart on an arc, over its square."""
     network, pairs = it.network(setting), min(it.count, PATH_PAIRS)
-    labels = it.first_labels(pairs)
-    first, second = draw_latents(it.run, "path", 2 * pairs,
-                                 labels=None if labels is None else labels.repeat(2)).double().chunk(2)
-    noise = Parts.of(it.run.network).noise  # what is asked for beside it stays
+    first, second = draw_latents(it.run, "path", 2 * pairs).double().chunk(2)
+    noise = Parts.of(it.run.network).noise  # the class and codes stay
     source = torch.Generator().manual_seed(random_seed(it.run.training.seed, "path/places"))
     places = torch.rand(pairs, 1, generator=source, dtype=torch.float64)
     ends = [torch.cat([slerp(first[:, noise], second[:, noise], places + step), first[:, noise.stop:]], dim=1).float()

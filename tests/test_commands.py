@@ -51,7 +51,7 @@ def test_help_takes_less_than_a_second_of_one_core() -> None:
     assert result.returncode == 0
     assert "kimg" in result.stdout
     for command in ("run", "shard", "inspect", "train", "evaluate", "compare", "sample", "report", "plan", "preflight",
-                    "export"):
+                    "export", "explore"):
         assert f" {command} " in result.stdout
 
 
