@@ -159,8 +159,9 @@ def pack(config: Path, folder: Path) -> str:
     """Copies what the nodes need into `folder`. -> the configuration as `gradine run` finds it there"""
     source = Path(gradine.__file__).parent
     shutil.copytree(source, folder / "gradine", ignore=_what_stays)  # links are followed: real files travel
-    name = config.stem
-    if config.resolve().parent != RECIPES.resolve():  # the user's own
+    if config.resolve().is_relative_to(RECIPES.resolve()):
+        name = config.resolve().relative_to(RECIPES.resolve()).with_suffix("").as_posix()
+    else:  # the user's own
         name = f"config/{config.name}"
         (folder / "config").mkdir()
         shutil.copyfile(config, folder / name)
@@ -185,7 +186,8 @@ def packed(config: Path, folder: Path) -> str:
 def _what_stays(folder: str, names: list[str]) -> list[str]:
     """Of a folder of gradine: everything but packages and the kinds of files that belong to one."""
     def travels(path: Path) -> bool:
-        return (path / "__init__.py").is_file() if path.is_dir() else path.suffix in TRAVELS
+        is_package = path.name == "lectures" or (path / "__init__.py").is_file()  # which are recipes alone
+        return is_package if path.is_dir() else path.suffix in TRAVELS
     return [name for name in names if not travels(Path(folder) / name)]
 
 

@@ -304,7 +304,8 @@ def refuse_other_channels(run: Run, files: dict[str, bytes]) -> None:
     """UserError for another run's weights that are of other images: a stage without a shared to-RGB would not tell."""
     biases = (tensor for name, tensor in load_tensors(files, "average").items()
               if name.startswith("to_rgb.") and name.endswith(".bias"))
-    if (theirs := next((bias.numel() for bias in biases), 0)) != run.data.channels:
+    theirs = next((bias.numel() for bias in biases), run.data.channels)  # other networks' layers tell it themselves
+    if theirs != run.data.channels:
         raise UserError(f"init_from: the starting weights make images of {theirs} channels, this run has "
                         f"data.channels={run.data.channels}. Start from a run with the same, or without init_from.")
 

@@ -88,6 +88,8 @@ def test_a_job_brings_all_of_gradine_as_real_files_and_the_users_own_configurati
 def test_a_bundled_recipe_is_sent_by_its_name(tmp_path: Path) -> None:
     assert jobs.pack(jobs.find_recipe("smoke"), tmp_path / "sent") == "smoke"
     assert not (tmp_path / "sent" / "config").exists()
+    assert jobs.pack(jobs.find_recipe("lectures/dcgan"), tmp_path / "again") == "lectures/dcgan"
+    assert (tmp_path / "again" / "gradine" / "configs" / "lectures" / "dcgan.yaml").is_file()
 
 
 def test_of_what_lies_around_gradine_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

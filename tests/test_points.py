@@ -290,13 +290,18 @@ def test_a_film_of_a_run_of_images_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_against_a_generator_that_stands_still_the_discriminator_becomes_the_best_one(tmp_path: Path) -> None:
-    run = load("gaussian2d", ["stages.0.hold_images=800_000", "stages.0.learning_rate=1e-9", "stages.0.threads=1",
-                              "training.discriminator_rate=2_000_000", "training.penalty=none"])
-    row = next(row for row in evaluate(run, played(run, tmp_path)).rows if row["metric"] == "optimal_discriminator")
-    assert row["floor"] > 0.4  # it is far from 1/2
-    assert row["value"] < 0.15
-    assert row["parts"]["mean"] < 0.03
+def test_against_a_generator_that_stands_still_the_discriminator_becomes_the_best_one_within_a_tenth(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fakes of an untrained generator lie close together: their density is taken finer than usual."""
+    run = load("gaussian2d", ["stages.0.hold_images=5_120_000", "stages.0.learning_rate=1e-9", "stages.0.threads=1",
+                              "training.discriminator_rate=150_000", "training.penalty=none", "training.beta1=0.9",
+                              "training.beta2=0.999", "checkpoints.every_images=512_000"])
+    monkeypatch.setattr(plane, "BANDWIDTH", 0.05)
+    it = plane.Plane(run, played(run, tmp_path), torch.device("cpu"), density_fakes=4_000_000)
+    found = plane.of_best(it)["optimal_discriminator"]
+    assert found["floor"] > 0.4  # it is far from 1/2
+    assert found["value"] < 0.1
+    assert found["parts"]["mean"] < 0.02
 
 
 @pytest.mark.slow

@@ -140,8 +140,9 @@ def test_a_run_that_was_cut_goes_on_to_the_bits_of_the_unbroken_one(game: str, t
         assert not all(torch.equal(start[name], end[name]) for name in weights), role
 
 
-def test_a_growing_run_of_many_ingredients_goes_on_from_inside_a_fade_and_from_its_end(tiny_run: Callable[..., Run],
-                                                                                      tmp_path: Path) -> None:
+def test_a_growing_run_of_many_ingredients_goes_on_from_inside_a_fade_and_from_its_end(
+        tiny_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(augment, "PACE", 2_000)  # one stage's probability is where the next one's begins
     run = tiny_run({**MANY, "checkpoints.every_images": 40, "checkpoints.keep": 9, "checkpoints.background": False})
     first = checkpoints_of(run, None, tmp_path / "unbroken")[-1]
     *inside, last = checkpoints_of(run, first, tmp_path / "unbroken", stage=1)

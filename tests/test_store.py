@@ -316,7 +316,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     code = (f"import sys; sys.modules[{module!r}] = None; "
             f"from gradine.stages.store import Store; Store({location!r}).list()")
     error = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.splitlines()[-1]
-    assert error.startswith("gradine.configs.schema.UserError: ")
+    assert error.startswith("gradine.configs.errors.UserError: ")
     assert f"pip install 'gradine[{extra}]'" in error
 
 
