@@ -6,7 +6,7 @@ Six steps of 8, saved after the second, which lies inside every cycle of d_steps
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,16 @@ SPLIT = ["progressive", *(f"progressive, {loss}" for loss in (
     "vae, no norm"]
 
 
+QUICK = {"progressive", "progressive, relativistic", "progressive, averaged history", "progressive, sgd of D",
+         "progressive, 3 d_steps and 2 g_steps, relativistic", "progressive, augmented as it overfits", "dcgan",
+         "dcgan, virtual", "dcgan, dropout", "dcgan, labels and codes", "mlp", "points", "autoencoder", "vae"}
+
+
+def quick_first(games: Iterable[str]) -> list[Any]:
+    """One of each kind in `make test`, the others in `make test-all`."""
+    return [game if game in QUICK else pytest.param(game, marks=pytest.mark.slow) for game in games]
+
+
 @pytest.fixture(autouse=True)
 def _augmentation_that_adapts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a D that has overfitted for long would have it: after six steps its probability is far from where it began."""
@@ -125,7 +135,7 @@ def _augmentation_that_adapts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment, "PACE", 100)
 
 
-@pytest.mark.parametrize("game", GAMES)
+@pytest.mark.parametrize("game", quick_first(GAMES))
 def test_a_run_that_was_cut_goes_on_to_the_bits_of_the_unbroken_one(game: str, tiny_run: Callable[..., Run],
                                                                     tmp_path: Path) -> None:
     run = tiny_run({**SIX_STEPS, **GAMES[game]}, stages=1)
@@ -167,7 +177,7 @@ def test_two_workers_equal_one_that_accumulates_to_the_bit(game: str, tiny_run: 
     assert_same_checkpoints(tmp_path / "two", tmp_path / "one", at_least=3)
 
 
-@pytest.mark.parametrize("game", SPLIT)
+@pytest.mark.parametrize("game", quick_first(SPLIT))
 def test_a_batch_in_two_parts_has_the_gradients_of_the_whole(game: str, tiny_run: Callable[..., Run],
                                                              tmp_path: Path) -> None:
     """One step of sgd, whose momentum then holds the gradients themselves; D's first, by which G's are then taken."""
