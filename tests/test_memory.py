@@ -177,7 +177,7 @@ def gradients(run: Run) -> dict[str, torch.Tensor]:
     per_pass = run.stages[1].micro_batch // 4
     rows = [[member * 4 + group for member in range(4) for group in range(low, low + per_pass)]
             for low in range(0, 4, per_pass)]
-    shares = [type(batch)(*(tensor[own] for tensor in vars(batch).values())) for own in rows]
+    shares = [batch.each(lambda tensor, own=own: tensor[own]) for own in rows]
     moment = replace(first_moment(run, 1), learning_rate=0.0)  # or D's update would come before G's gradients
     train_step(state, shares, moment, Rules.of(run, 16, 1))
     return {f"{role}.{name}": parameter.grad.clone() for role in ("generator", "discriminator")
