@@ -366,5 +366,12 @@ def game(path: Path, out: Path | None) -> None:
     require(run.data.points.kind != "none", f"{path} makes images: its game cannot be drawn in a plane. Use a run with "
                                             "data.points, e.g. gradine run ring8.")
     found, _ = commits.find(commits.location_of(run, folder.path))
-    for written in plane.game(run, [each.path for each in found], out or folder.path / "explore" / "game"):
+    whole = []
+    for each in found:
+        try:
+            commits.read(each.path)
+            whole.append(each.path)
+        except commits.Damaged as damage:
+            print(f"{each.name} is left out: {damage}")
+    for written in plane.game(run, whole, out or folder.path / "explore" / "game"):
         say(written)
