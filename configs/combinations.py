@@ -140,8 +140,7 @@ def _refuse_senseless_game(run: Run) -> None:
     require(not training.feature_matching or training.loss != "relativistic",
             f"training.feature_matching with {loss}: it takes the place of G's loss, of which the pairs are one half. "
             "Use one of them.")
-    labels = (training.real_labels, training.fake_labels, training.flip_labels) != ([1.0], [0.0], 0.0)
-    require(not labels or training.loss in TARGETED,
+    require(not training.changes_labels or training.loss in TARGETED,
             f"training.real_labels={training.real_labels}, fake_labels={training.fake_labels}, flip_labels="
             f"{training.flip_labels:g} with {loss}, which has no targets to smooth, draw or flip. "
             f"Use [1.0], [0.0] and 0, or a loss that has: {', '.join(TARGETED)}.")

@@ -287,6 +287,11 @@ class Training:
         require(self.average_half_life > 0, f"training.average_half_life={self.average_half_life} must be positive.")
         require(self.lr_ramp_images >= 0, f"training.lr_ramp_images={self.lr_ramp_images} must not be negative.")
 
+    @property
+    def changes_labels(self) -> bool:
+        """Whether D's targets are other than 1 for reals and 0 for fakes."""
+        return (self.real_labels, self.fake_labels, self.flip_labels) != ([1.0], [0.0], 0.0)
+
     def optimizer_of(self, role: str) -> str:
         """`adam` or `sgd`, of `generator` or `discriminator`."""
         return (role == "discriminator" and self.discriminator_optimizer) or self.optimizer

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from gradine.configs.schema import AUTOENCODERS, Run, UserError, require
+from gradine.configs.schema import Run, UserError, require
 from gradine.pipeline.commands import chosen
 from gradine.pipeline.run_dir import RunDir
 from gradine.stages import checkpoint, commits, explore
@@ -303,7 +303,7 @@ def invert(path: Path, files: Sequence[Path], steps: int, restarts: int, rate: f
     network, place = it.run.network, device()
     pixels = torch.stack([level_of(file, it) for file in files])
     images, generator = pixels.to(place) / 127.5 - 1, it.generator.to(place)
-    if network.kind in AUTOENCODERS:
+    if network.autoencodes:
         found = encoded(it, images)
     else:
         starts = max(restarts, network.classes, network.codes)  # labels come in turn: one start at least for each

@@ -417,7 +417,7 @@ def draws(run: Run, images_seen: int, batch: int, labels: torch.Tensor | None) -
              "generator_latents": turns[0] if len(turns) == 1 else torch.cat(turns, dim=1), "mix": uniform("mix")}
     if labels is not None:
         drawn["labels"] = one_hot(labels, network.classes)
-    if (training.real_labels, training.fake_labels, training.flip_labels) != ([1.0], [0.0], 0.0):
+    if training.changes_labels:
         drawn["targets"] = draw_targets(training, uniform("targets", 4))
     if training.augment != "none":
         drawn["augmentation"] = uniform("augmentation", (2 + training.g_steps) * AUGMENTATION_DRAWS)

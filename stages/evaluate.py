@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradine.configs.schema import AUTOENCODERS, EnvironmentFault, Run, features_suffix, metric_name
+from gradine.configs.schema import EnvironmentFault, Run, features_suffix, metric_name
 from gradine.stages.data import labels_of
 from gradine.stages.distances import (
     Confusion,
@@ -85,7 +85,7 @@ def evaluate(run: Run, path: str, threads: int = 1) -> Evaluated:
     with ExitStack() as opened:
         it = Subjects(run, path, device, threads, opened)
         found = [row for name in run.evaluation.metrics for row in family(it, name)]
-        if run.network.kind in AUTOENCODERS:
+        if run.network.autoencodes:
             found += rows(it, ("reconstruction",), None, partial(reconstruction, it))
         return Evaluated(found, pictures(it), tuple(dict.fromkeys(it.notes)))
 
@@ -217,7 +217,7 @@ def ms_ssim(it: Subjects) -> Figures:
 
 def discriminator(it: Subjects) -> Figures:
     """How the discriminator scores reals, held-out ones where there are, and fresh fakes: `value` is its accuracy."""
-    if it.run.network.kind in AUTOENCODERS:
+    if it.run.network.autoencodes:
         return {"discriminator": {"reason": "an autoencoder has no discriminator", "count": 0}}
     count = min(it.count, SCORED_IMAGES)
     metric = Confusion()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradine.configs.schema import AUTOENCODERS, Network, Run, Training
+from gradine.configs.schema import Network, Run, Training
 from gradine.stages import autoencoder
 from gradine.stages.augment import adapted, augmented, sureness
 from gradine.stages.families import AnyDiscriminator, AnyGenerator, running_statistics
@@ -326,7 +326,7 @@ def train_step(state: TrainState, shares: list[Share], moment: Moment, rules: Ru
             seen["gradient_g"] = largest * (sum(len(share.reals) for share in shares) / batch)
         return finite
 
-    if rules.network.kind in AUTOENCODERS:
+    if rules.network.autoencodes:
         accumulate([state.discriminator, state.generator], lambda share: objectives.autoencoder(state, share, rules))
         finite_d, finite_g = update("discriminator"), update("generator")
     else:

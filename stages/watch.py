@@ -14,7 +14,7 @@ from itertools import pairwise
 from statistics import mean, median, quantiles
 from typing import Any, TypeVar
 
-from gradine.configs.schema import AUTOENCODERS, Run, Training
+from gradine.configs.schema import Run, Training
 from gradine.stages.losses import penalty_divisor
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ class Alarms:
     def of(run: Run, stage: int) -> Alarms | Balance:
         """What fits the game of run.stages[stage]: these, by its penalty and channels, or the balance of its losses."""
         training = run.training
-        if run.network.kind in AUTOENCODERS or training.feature_matching or (
+        if run.network.autoencodes or training.feature_matching or (
                 (training.loss, training.penalty) != ("wasserstein", "gradient")):
             return Balance.of(run)
         divisor = penalty_divisor(run, run.stages[stage].resolution)
@@ -328,7 +328,7 @@ class Balance:
 
     @staticmethod
     def of(run: Run) -> Balance:
-        training, autoencoder = run.training, run.network.kind in AUTOENCODERS
+        training, autoencoder = run.training, run.network.autoencodes
         beside = {"classification": training.classification, "information": training.information}
         if training.penalty_every == 1:  # else some ticks' loss_d has none, and one cannot tell which
             beside["penalty"] = 1.0
